@@ -1,0 +1,84 @@
+"""Attention for plain arrays: every variant, forward and hand-written backward.
+
+>>> import numpy as np, pyattn
+>>> rng = np.random.default_rng(0)
+>>> q, k, v = rng.standard_normal((3, 2, 8, 100, 64), dtype=np.float32)   # (B, H, N, D)
+>>> out, saved = pyattn.attention.forward(q, k, v, causal=True)
+>>> dq, dk, dv = saved.backward(np.ones_like(out))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import layers, masks, reference, testing
+    from .checks import BackendError, DtypeError, OptionError, ShapeError
+    from .dispatch import explain, use_backend
+    from .engines.merge import merge
+    from .show_config import show_config
+    from .threads import set_num_threads
+    from .variants.attention import attention
+    from .variants.cross_modal import cross_modal_attention
+
+VARIANTS = {
+    "attention": "variants.attention",
+    "cross_modal_attention": "variants.cross_modal",
+}
+"""The catalogue: every attention function and the module it is written in."""
+
+_NAMES = {
+    **VARIANTS,
+    "merge": "engines.merge",
+    "explain": "dispatch",
+    "use_backend": "dispatch",
+    "show_config": "show_config",
+    "set_num_threads": "threads",
+    "BackendError": "checks",
+    "DtypeError": "checks",
+    "OptionError": "checks",
+    "ShapeError": "checks",
+}
+_MODULES = ("features", "layers", "masks", "reference", "testing")
+
+__all__ = ["VARIANTS", "__version__", *_MODULES, *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _find_kernels() -> None:
+    """In a source checkout kernels/ is our sibling; installed, it is our subpackage."""
+    import sys
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    here = Path(__file__).resolve().parent
+    sibling = here.parent / "kernels"
+    name = f"{__name__}.kernels"
+    if (here / "kernels").is_dir() or not (sibling / "__init__.py").is_file():
+        return
+    spec = spec_from_file_location(
+        name, sibling / "__init__.py", submodule_search_locations=[str(sibling)])
+    if spec is None or spec.loader is None:
+        return
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    globals()["kernels"] = module
+
+
+_find_kernels()

@@ -1,0 +1,106 @@
+"""Which library an array is from, what its dtype is called, and how it gets to the host.
+
+No array library but NumPy is imported here: a CuPy or torch array can only exist once its library
+has been imported by whoever made it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from .checks import BackendError, DtypeError
+
+Array = Any
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def dtype_name(x: Array) -> str:
+    """'float32' for NumPy's, CuPy's, torch's, JAX's and ml_dtypes' dtypes alike."""
+    return str(x.dtype).rpartition(".")[2]
+
+
+def library(x: Array) -> str:
+    """The name of the array library: 'numpy', 'cupy', 'torch', 'jax', 'array_api_strict', ..."""
+    return namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
+
+
+def namespace(*arrays: Array) -> Any:
+    """The array-API namespace that all `arrays` share; None entries are passed over."""
+    given = [x for x in arrays if x is not None]
+    for x in given:
+        if isinstance(x, np.ma.MaskedArray | np.matrix):
+            raise DtypeError(f"arrays must be plain; got {type(x).__name__}, whose extra meaning "
+                             "would be ignored")
+        if not array_api_compat.is_array_api_obj(x):
+            raise DtypeError(f"an array is needed; got {type(x).__module__}.{type(x).__name__}")
+    try:
+        return array_api_compat.array_namespace(*given)
+    except TypeError:
+        kinds = sorted({type(x).__module__.partition(".")[0] for x in given})
+        raise BackendError(f"all arrays must be of one library; got {', '.join(kinds)}") from None
+
+
+def require_same_device(named: dict[str, Array]) -> None:
+    """Raise BackendError unless all arrays live on one device; nothing is ever moved silently."""
+    devices = {name: array_api_compat.device(x) for name, x in named.items() if x is not None}
+    if len({str(device) for device in devices.values()}) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise BackendError(f"all arrays must be on one device; got {where}")
+
+
+def require_float(name: str, x: Array) -> str:
+    """The dtype name of `x`, or DtypeError if it is not one of FLOATS."""
+    found = dtype_name(x)
+    if found not in FLOATS:
+        raise DtypeError(f"{name} must be one of {', '.join(FLOATS)}; got {found}")
+    return found
+
+
+def nbytes(x: Array) -> int:
+    """Bytes of the elements of `x`, for dtypes that do not tell their own size."""
+    bits = dtype_name(x).lstrip("abcdefghijklmnopqrstuvwxyz")
+    return math.prod(x.shape) * (int(bits) // 8 if bits else 1)
+
+
+def accumulator(xp: Any, x: Array) -> Any:
+    """The dtype that sums over `x` are carried in: float64 for float64, float32 for all else."""
+    return xp.float64 if dtype_name(x) == "float64" else xp.float32
+
+
+def to_host(x: Array) -> np.ndarray:
+    """A NumPy copy or view of `x`, asked for explicitly."""
+    if isinstance(x, np.ndarray):
+        return x
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    if array_api_compat.is_torch_array(x):
+        x = x.detach().cpu()
+        if dtype_name(x) == "bfloat16":
+            import ml_dtypes
+
+            return x.view(namespace(x).uint16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(x)
+
+
+def from_host(xp: Any, x: np.ndarray, device: Any = None) -> Array:
+    """A copy of `x` in the namespace `xp`; torch takes bfloat16 only by its bits."""
+    x = np.array(x)
+    if xp.__name__.endswith("torch") and x.dtype.name == "bfloat16":
+        return xp.asarray(x.view(np.int16), device=device).view(xp.bfloat16)
+    return xp.asarray(x, device=device)
+
+
+def cast(xp: Any, x: Array, dtype: Any) -> Array:
+    """`x` in `dtype`; what is too large for a 16-bit float becomes inf without a warning."""
+    with np.errstate(over="ignore"):
+        return xp.astype(x, dtype, copy=False)
+
+
+def device(x: Array) -> Any:
+    """The device of `x`, as array-api functions take it."""
+    return array_api_compat.device(x)

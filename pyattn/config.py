@@ -1,0 +1,174 @@
+"""What is installed, which backends can run, and on what machine: for a look or a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import platform
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from . import dispatch
+from ._version import __version__
+from .checks import require_choice
+
+REQUIRED = ("numpy", "scipy", "numba", "llvmlite", "array-api-compat", "ml_dtypes", "safetensors")
+OPTIONAL = ("rich", "matplotlib", "torch", "jax", "thinc")
+"""Packages that pyattn uses, or whose arrays it takes, where they are installed."""
+
+CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+"""CuPy's names on the package index, by how it was built."""
+
+VECTOR_FEATURES = ("avx2", "fma", "avx512f", "avx512bf16", "avx512fp16", "amx-tile", "amx-bf16",
+                   "neon", "sve")
+"""CPU features, by LLVM's names, that decide how fast kernels can be."""
+
+
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Print, or return, versions, backends, threads, caches and the CPU.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print as text, or return nested dictionaries of strings, numbers and lists.
+
+    Returns
+    -------
+    dict or None
+        With ``mode="dicts"``: keys ``"versions"``, ``"backends"`` (engine to backend to the string
+        ``"available"`` or a reason why not), ``"threads"``, ``"cache"``, ``"cpu"``, ``"blas"``.
+
+    Raises
+    ------
+    OptionError
+        `mode` is neither of the two.
+
+    Notes
+    -----
+    Imports Numba, so the first call takes a moment.
+
+    Examples
+    --------
+    >>> import pyattn
+    >>> pyattn.show_config(mode="dicts")["backends"]["softmax"]["array_api"]
+    'available'
+    """
+    require_choice("mode", mode, ("stdout", "dicts"))
+    config = {
+        "versions": _versions(),
+        "backends": _backends(),
+        "threads": _threads(),
+        "cache": _cache(),
+        "cpu": _cpu(),
+        "blas": _blas(),
+    }
+    if mode == "dicts":
+        return config
+    for section, content in config.items():
+        print(section)
+        _print(content, "  ")
+    return None
+
+
+def _print(content: dict[str, Any], indent: str) -> None:
+    width = max(map(len, content), default=0)
+    for name, value in content.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            _print(value, indent + "  ")
+        else:
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"{indent}{name:{width}}  {text}".rstrip())
+
+
+def _versions() -> dict[str, str]:
+    versions = {"pyattn": __version__, "python": platform.python_version()}
+    versions |= {name: _version(name) or "not installed" for name in (*REQUIRED, *OPTIONAL)}
+    return versions | {"cupy": next(filter(None, map(_version, CUPY)), "not installed")}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backends() -> dict[str, dict[str, str]]:
+    folder = Path(__file__).parent / "engines"
+    engines = [module.name for module in pkgutil.iter_modules([str(folder)])]
+    table = {engine: {name: _state(engine, name) for name in dispatch.BACKENDS}
+             for engine in engines}
+    return {engine: states for engine, states in table.items() if "available" in states.values()}
+
+
+def _state(engine: str, backend: str) -> str:
+    name = f"{__package__}.kernels.{backend}.{engine}"
+    if importlib.util.find_spec(name) is None:
+        return "it has no kernel for this"
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return "available"
+
+
+def _threads() -> dict[str, Any]:
+    from .kernels.cpu.threads import VARIABLES
+    from .threads import get_num_threads
+
+    usable = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+              else os.cpu_count())
+    set_variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return {"cpu kernels": get_num_threads(), "CPUs of this process": usable, **set_variables}
+
+
+def _cache() -> dict[str, str]:
+    """Where Numba keeps compiled kernels: its own rule, spelled out."""
+    from numba.core import config
+    from numba.misc.appdirs import AppDirs
+
+    from .kernels import cpu
+
+    beside = Path(cpu.__path__[0])
+    folder = config.CACHE_DIR or (
+        beside / "__pycache__" if os.access(beside, os.W_OK)
+        else AppDirs(appname="numba", appauthor=False).user_cache_dir)
+    return {"compiled kernels": str(folder)}
+
+
+def _cpu() -> dict[str, Any]:
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    return {"name": _cpu_name(),
+            "architecture": f"{platform.machine()}, {llvm.get_host_cpu_name()}",
+            "vector features": [name for name in VECTOR_FEATURES if features.get(name)]}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _blas() -> dict[str, str]:
+    import scipy
+
+    return {name: _blas_of(package) for name, package in (("numpy", np), ("scipy", scipy))}
+
+
+def _blas_of(package: Any) -> str:
+    blas = package.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return f"{blas['name']} {blas.get('version', '')}".strip()

@@ -1,0 +1,3 @@
+"""The name that `pyattn.__init__` asks for."""
+
+from .config import show_config  # noqa: F401
