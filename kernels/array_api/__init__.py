@@ -1,0 +1,1 @@
+"""Kernels for any array-API namespace, written with whole-array operations."""

@@ -1,0 +1,78 @@
+"""The one frozen record that the softmax engine hands to a kernel module.
+
+Letters: B batch items (all leading axes in one), H query heads, G key/value heads (H a multiple of
+G; head h reads h // (H // G)), N queries, M keys, D width of q and k, E width of v and out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """An array that broadcasts over the scores (B, H, N, M), kept in its own shape.
+
+    `array` is (b, h, n, m) with h in {1, H}, n in {1, N}, m in {1, M}; batch item B reads row
+    ``item[B]`` of the first axis.
+    """
+
+    array: Array
+    item: np.ndarray
+    """int32, shape (B,)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Softmax attention over some pairs, ready for a kernel.
+
+    scores = scale * q.k -> softcap -> + bias + offsets -> x gate, mask -> softmax with sinks
+
+    Arrays of the caller's library may be strided views of any float dtype in `arrays.FLOATS`;
+    q, k and v share theirs. "acc" is float64 where that is float64, else float32. What tells
+    kernels where to go (lengths, layouts, positions) lives on the host.
+    """
+
+    q: Array
+    """(B, H, N, D)."""
+    k: Array
+    """(B, G, M, D)."""
+    v: Array
+    """(B, G, M, E)."""
+    scale: Array
+    """(H,), acc."""
+    blocks: Any
+    """The BlockMask over N x M, before lengths are clipped."""
+    layout: np.ndarray
+    """int32 (B, H): which layout of `blocks` a batch item and head reads."""
+    q_lengths: np.ndarray
+    """int32 (B,): queries from here on are padding, treated as rows that see no key."""
+    kv_lengths: np.ndarray
+    """int32 (B,): keys from here on are padding; a kernel clips its last tile here."""
+    softcap: float | None = None
+    """scores become softcap * tanh(scores / softcap)."""
+    bias: Term | None = None
+    """Added to the scores; -inf masks. Any float dtype."""
+    gate: Term | None = None
+    """In [0, 1]; multiplies the exponentials. Any float dtype."""
+    offsets: Array | None = None
+    """(1 or H, W): added to the score by key position - query position - offset_origin."""
+    offset_origin: int = 0
+    """The distance that column 0 of `offsets` stands for."""
+    sinks: Array | None = None
+    """(H,), acc: a logit that joins every row's denominator and has no value."""
+    dropout: float = 0.0
+    """Probability that a weight is dropped; the others are divided by 1 - dropout."""
+    dropout_seed: int = 0
+    """64 bits, the key of the counter-based generator."""
+    q_positions: np.ndarray | None = None
+    """int32 (1 or B, N); given when offsets or dropout need it."""
+    k_positions: np.ndarray | None = None
+    """int32 (1 or B, M); likewise."""
+    streams: np.ndarray | None = None
+    """int32 (1 or B, N): dropout's number of the sequence that a query is of."""

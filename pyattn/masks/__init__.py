@@ -1,0 +1,55 @@
+"""Who may attend to whom: small masks, combined with ``&``, ``|``, ``~``, and their compiled form.
+
+>>> from pyattn import masks
+>>> mask = masks.causal() & (masks.window(2, 0) | masks.global_tokens([0]))
+>>> print(mask.draw(6))
+█·····
+██····
+███···
+████··
+█·███·
+█··███
+"""
+
+from .algebra import Mask, per_head
+from .block_mask import BlockMask, Runs
+from .placement import Frame, PlainFrame, placed
+from .positions import (
+    causal,
+    fixed,
+    full,
+    global_tokens,
+    predicate,
+    strided,
+    window,
+    window_2d,
+)
+from .segments import PackedFrame, packed, segments
+from .stored import block_lists, blocks, dense, graph, lengths, random_blocks
+
+__all__ = [
+    "BlockMask",
+    "Frame",
+    "Mask",
+    "PackedFrame",
+    "PlainFrame",
+    "Runs",
+    "block_lists",
+    "blocks",
+    "causal",
+    "dense",
+    "fixed",
+    "full",
+    "global_tokens",
+    "graph",
+    "lengths",
+    "packed",
+    "per_head",
+    "placed",
+    "predicate",
+    "random_blocks",
+    "segments",
+    "strided",
+    "window",
+    "window_2d",
+]

@@ -1,0 +1,1 @@
+"""One paper per file: each describes a pattern and calls an engine."""
