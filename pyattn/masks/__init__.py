@@ -13,7 +13,7 @@
 
 from .algebra import Mask, per_head
 from .block_mask import BlockMask, Runs
-from .placement import Frame, PlainFrame, placed
+from .placement import placed
 from .positions import (
     causal,
     fixed,
@@ -24,15 +24,12 @@ from .positions import (
     window,
     window_2d,
 )
-from .segments import PackedFrame, packed, segments
+from .segments import packed, segments
 from .stored import block_lists, blocks, dense, graph, lengths, random_blocks
 
 __all__ = [
     "BlockMask",
-    "Frame",
     "Mask",
-    "PackedFrame",
-    "PlainFrame",
     "Runs",
     "block_lists",
     "blocks",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
+from .. import arrays
 from ..checks import DtypeError, ShapeError
 from .bits import pack
 
@@ -237,6 +238,14 @@ class Mask:
         """Write checked fields while the frozen dataclass is being made."""
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+
+def host_array(value: Any) -> np.ndarray:
+    """Return an array of any library, or nested lists, as a NumPy array."""
+    if not hasattr(value, "dtype"):
+        return np.asarray(value)
+    arrays.namespace(value)                # refuses masked arrays and matrices
+    return arrays.to_host(value)
 
 
 def _shown(value: Any) -> str:

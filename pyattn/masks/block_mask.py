@@ -188,11 +188,12 @@ class BlockMask(Mask):
     def _work(self, layout: int, q_length: int, kv_length: int) -> tuple[int, int, int]:
         """Full tiles, partial tiles and pairs of one layout clipped to the lengths."""
         key = (layout, q_length, kv_length)
-        if key not in self._known_work:
+        known = self._known_work.get(key)
+        if known is None:
             if len(self._known_work) > 4096:
                 self._known_work.clear()
-            self._known_work[key] = self._measure(*key)
-        return self._known_work[key]
+            known = self._known_work[key] = self._measure(*key)
+        return known
 
     def _measure(self, layout: int, q_length: int, kv_length: int) -> tuple[int, int, int]:
         start = self.rows.start[layout]

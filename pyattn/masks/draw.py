@@ -45,7 +45,7 @@ def plot(mask: Mask, n: int, m: int, ax: Any, index: tuple[int, ...] | None) -> 
         _, ax = pyplot.subplots(figsize=(6.4, 7), layout="constrained")
 
     blocks = _at(mask, n, m, index)
-    pairs = max(n, m) <= 512
+    pairs = n * m <= 2**18
     kinds, step = squares(blocks, max(tiles_of(n), tiles_of(m)) if pairs else 512)
     colours = _rgb([COLOURS[kind] for kind in (EMPTY, PARTIAL, FULL)])[kinds]
     size = step * TILE
@@ -67,6 +67,7 @@ def plot(mask: Mask, n: int, m: int, ax: Any, index: tuple[int, ...] | None) -> 
         ax.set_aspect("equal")
     for axis, what, length in ((ax.xaxis, "key j", m), (ax.yaxis, "query i", n)):
         axis.set_label_text(f"{what} of {length:,}")
+        axis.get_major_locator().set_params(integer=True)
         axis.set_major_formatter("{x:,.0f}")
     where = f" at {_first(mask, index)} of {mask.lead}" if mask.lead else ""
     ax.set_title(textwrap.fill(textwrap.shorten(f"{mask!r}{where}", 240, placeholder=" ..."), 66),

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ..checks import DtypeError, OptionError, ShapeError, require_integer
-from .algebra import FULL, Index, Mask, share, within
+from .algebra import FULL, Index, Mask, host_array, share, within
 from .bits import LANES, TILE
 from .placement import Frame, Positional
+
+FAR = 2**40
+"""Beyond all positions, which are int32, and far from where int64 would overflow."""
 
 
 def whole_numbers(name: str, values: Any, *, ndim: int | None = None) -> np.ndarray:
     """Return a read-only int64 copy of `values`, which must be integers >= 0."""
-    array = np.array(values if hasattr(values, "ndim") else list(values)
-                     if np.iterable(values) else values)
+    array = host_array(values)
     if array.dtype.kind not in "iu" and array.size:
         raise DtypeError(f"{name} must hold integers; got {array.dtype}")
     if ndim is not None and array.ndim != ndim:
@@ -37,7 +40,7 @@ class full(Positional):
         return self
 
     def allowed(self, i: Index, j: Index) -> np.ndarray:
-        return np.ones(np.broadcast_shapes(np.shape(i), np.shape(j)), bool)
+        return np.ones(np.broadcast_shapes(i.shape, j.shape), bool)
 
     def classify(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
         return np.full(i0.shape, FULL)
@@ -54,15 +57,15 @@ class Relative(Positional):
     step: int = 1
 
     def allowed(self, i: Index, j: Index) -> np.ndarray:
-        distance = i - j
-        tests = []
+        # i and j are short before they broadcast, so arithmetic stays on either side
+        tests = [np.ones(np.broadcast_shapes(i.shape, j.shape), bool)]
         if self.low is not None:
-            tests.append(distance >= self.low)
+            tests.append(i - self.low >= j)
         if self.high is not None:
-            tests.append(distance <= self.high)
+            tests.append(i - self.high <= j)
         if self.step > 1:
-            tests.append(distance % self.step == 0)
-        return np.logical_and.reduce(tests) if tests else np.ones(distance.shape, bool)
+            tests.append(i % self.step == j % self.step)
+        return functools.reduce(np.logical_and, tests)
 
     def classify(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
         least, most = i0 - j1, i1 - j0
@@ -129,8 +132,8 @@ class window(Relative):
                 self._set(**{name: value})
         dilation = require_integer("window's dilation", self.dilation, minimum=1)
         self._set(dilation=dilation, step=dilation,
-                  low=None if self.right is None else -self.right * dilation,
-                  high=None if self.left is None else self.left * dilation)
+                  low=None if self.right is None else -min(self.right * dilation, FAR),
+                  high=None if self.left is None else min(self.left * dilation, FAR))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

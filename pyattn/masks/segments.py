@@ -10,6 +10,7 @@ import numpy as np
 
 from ..checks import ShapeError, require_choice
 from .algebra import PARTIAL, And, Index, Mask, within
+from .bits import TILE
 from .placement import Frame
 from .positions import whole_numbers
 
@@ -83,6 +84,19 @@ class segments(Mask):
         queries, keys = self._lines
         return within(queries.number(i0) - keys.number(j1), queries.number(i1) - keys.number(j0),
                       0, 0)
+
+    def inside(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
+        """Tell which boxes touch one segment of queries and one of keys."""
+        queries, keys = self._lines
+        return ((queries.number(i0) == queries.number(i1))
+                & (keys.number(j0) == keys.number(j1)))
+
+    def signature(self, i0: Index, j0: Index) -> tuple[np.ndarray, ...]:
+        # one that lies inside segments is full or empty
+        queries, keys = self._lines
+        inside = self.inside(i0, i0 + TILE - 1, j0, j0 + TILE - 1)
+        same = queries.number(i0) == keys.number(j0)
+        return np.where(inside, -1 - same, i0), np.where(inside, -1, j0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -184,7 +198,12 @@ class restarted(Mask):
         return self.mask.words(*self._positions(i, j))
 
     def classify(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
-        queries, keys = self.frame.segments._lines
-        inside = (queries.number(i0) == queries.number(i1)) & (keys.number(j0) == keys.number(j1))
+        inside = self.frame.segments.inside(i0, i1, j0, j1)
         (first_i, first_j), (last_i, last_j) = self._positions(i0, j0), self._positions(i1, j1)
         return np.where(inside, self.mask.classify(first_i, last_i, first_j, last_j), PARTIAL)
+
+    def signature(self, i0: Index, j0: Index) -> tuple[np.ndarray, ...]:
+        inside = self.frame.segments.inside(i0, i0 + TILE - 1, j0, j0 + TILE - 1)
+        own = self.mask.signature(*self._positions(i0, j0))
+        return (np.where(inside, -1, i0), np.where(inside, -1, j0),
+                *(np.where(inside, x, 0) for x in own))

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
 from ..checks import DtypeError, ShapeError, require_integer
-from .algebra import EMPTY, FULL, PARTIAL, Index, Mask, share, within
+from .algebra import EMPTY, FULL, PARTIAL, Index, Mask, host_array, share, within
 from .bits import TILE, pack, spans
 from .placement import Frame
 from .positions import whole_numbers
@@ -40,7 +39,7 @@ def dense(array: Any) -> Mask:
     ██·
     ██·
     """
-    host = arrays.to_host(array) if hasattr(array, "dtype") else np.asarray(array)
+    host = host_array(array)
     if host.dtype != bool:
         raise DtypeError(f"a dense mask must be boolean (True = may attend); got {host.dtype}")
     host = host.reshape((1,) * (2 - host.ndim) + host.shape)
@@ -209,8 +208,7 @@ class blocks(Blockwise):
     block_size: int
 
     def __post_init__(self) -> None:
-        table = np.array(arrays.to_host(self.table) if hasattr(self.table, "dtype")
-                         else self.table)
+        table = np.array(host_array(self.table))
         if table.dtype != bool:
             raise DtypeError(f"the table of blocks must be boolean; got {table.dtype}")
         if table.ndim < 2:
@@ -315,8 +313,7 @@ class block_lists(Blockwise):
     block_size: int
 
     def __post_init__(self) -> None:
-        numbers = np.array(arrays.to_host(self.numbers) if hasattr(self.numbers, "dtype")
-                           else self.numbers)
+        numbers = host_array(self.numbers)
         if numbers.dtype.kind not in "iu" and numbers.size:
             raise DtypeError(f"numbers of blocks must be integers; got {numbers.dtype}")
         if numbers.ndim < 2:

@@ -1,0 +1,145 @@
+"""``python -m pyattn show``: a mask's tiles, counted and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import math
+from typing import Any
+
+from pyattn.checks import BackendError, OptionError
+
+CONSTRUCTORS = ("block_lists", "blocks", "causal", "dense", "fixed", "full", "global_tokens",
+                "lengths", "packed", "per_head", "random_blocks", "segments", "strided", "window",
+                "window_2d")
+
+
+def add(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "show", help="count and draw a mask's tiles",
+        description="Compile a mask, count its tiles and pairs, and draw it.",
+        epilog='example: show "causal() & window(64, 0)" --n 512 --output mask.png')
+    parser.add_argument(
+        "mask", help="a name, such as causal, or an expression of masks with & | ~, such as "
+                     '"causal() & (window(64, 0) | global_tokens([0]))"; there are '
+                     + ", ".join(CONSTRUCTORS))
+    parser.add_argument("--n", type=int, default=512, metavar="N", help="queries (512)")
+    parser.add_argument("--m", type=int, metavar="M", help="keys (as many as queries)")
+    parser.add_argument("--output", metavar="FILE",
+                        help="write the picture there, as .png, .pdf or .svg (needs matplotlib)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print counts and picture; write the picture if asked."""
+    n, m = args.n, args.n if args.m is None else args.m
+    mask = parse(args.mask)
+    blocks = mask.compile(n, m)
+    tiles, pairs = blocks.tiles, blocks.count().pairs
+    copies = math.prod(blocks.layout.shape)
+    share = f" ({pairs / (n * m * copies):.2%})" if n * m * copies else ""
+    print(f"{mask!r}, {n:,} queries, {m:,} keys"
+          + (f", leading axes {mask.lead}, the first drawn" if mask.lead else ""))
+    print(f"tiles  {tiles.full:,} full, {tiles.partial:,} partial, {tiles.empty:,} empty")
+    print(f"pairs  {pairs:,} of {n * m * copies:,} allowed{share}")
+    print(f"bytes  {blocks.nbytes:,} in {len(blocks.rows.first):,} runs "
+          f"and {len(blocks.bits):,} bit tiles")
+    if n and m:
+        print(f"\n{mask.draw(n, m)}")
+    if args.output:
+        _write(mask, n, m, args.output)
+        print(f"\nwrote {args.output}")
+    return 0
+
+
+def _write(mask: Any, n: int, m: int, path: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BackendError("--output needs matplotlib, which is not installed: "
+                           "pip install 'pyattn[plot]'") from None
+    figure = Figure(figsize=(6.4, 7))
+    mask.plot(n, m, ax=figure.add_subplot())
+    try:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except ValueError as error:
+        raise OptionError(f"--output {path}: {error}") from None
+
+
+def parse(expression: str) -> Any:
+    """Build the mask that `expression` describes; nothing but constructors is ever called.
+
+    Raises
+    ------
+    OptionError
+        It is no such expression, or names a constructor that does not exist.
+
+    Examples
+    --------
+    >>> parse("causal & ~window(2, None)")
+    causal() & ~window(2, None)
+    """
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+        mask = _value(tree.body)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        if isinstance(error, OptionError):
+            raise
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise OptionError(f"{expression!r} is no expression of masks: {reason}") from None
+    from pyattn.masks import Mask
+
+    if not isinstance(mask, Mask):
+        raise OptionError(f"{expression!r} is no mask; there are {', '.join(CONSTRUCTORS)}")
+    return mask
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.Tuple(elts=parts) | ast.List(elts=parts):
+            return [_value(part) for part in parts]
+        case ast.Name(id=name):
+            return _made(name, [], {})
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            options = {str(keyword.arg): _value(keyword.value) for keyword in keywords}
+            return _made(name, [_value(part) for part in args], options)
+        case ast.UnaryOp(op=ast.Invert(), operand=operand):
+            return ~_mask(operand)
+        case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
+            return _mask(left) & _mask(right)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _mask(left) | _mask(right)
+    raise OptionError(f"{ast.unparse(node)!r} has no place in an expression of masks: they have "
+                      "constructors, numbers, lists, & | ~ and parentheses")
+
+
+def _mask(node: ast.expr) -> Any:
+    from pyattn.masks import Mask
+
+    value = _value(node)
+    if not isinstance(value, Mask):
+        raise OptionError(f"& | ~ combine masks; {ast.unparse(node)!r} is none")
+    return value
+
+
+def _made(name: str, args: list[Any], options: dict[str, Any]) -> Any:
+    from pyattn import masks
+
+    if name not in CONSTRUCTORS:
+        raise OptionError(f"there is no mask {name!r}; there are {', '.join(CONSTRUCTORS)}")
+    constructor = getattr(masks, name)
+    signature = inspect.signature(constructor)
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        parameters = ", ".join(
+            p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+            for p in signature.parameters.values())
+        raise OptionError(f"{name}: {error}; it is {name}({parameters})") from None
+    return constructor(*args, **options)
