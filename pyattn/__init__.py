@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .dispatch import explain, use_backend
     from .engines.merge import merge
     from .show_config import show_config
-    from .threads import set_num_threads
+    from .threads import get_num_threads, set_num_threads
     from .variants.attention import attention
     from .variants.cross_modal import cross_modal_attention
 
@@ -36,6 +36,7 @@ _NAMES = {
     "explain": "dispatch",
     "use_backend": "dispatch",
     "show_config": "show_config",
+    "get_num_threads": "threads",
     "set_num_threads": "threads",
     "BackendError": "checks",
     "DtypeError": "checks",

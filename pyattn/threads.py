@@ -36,7 +36,7 @@ def set_num_threads(n: int) -> None:
     1
     >>> pyattn.set_num_threads(before)
     """
-    _threads.set(n)
+    _threads.set_count(n)
 
 
 def get_num_threads() -> int:
@@ -50,4 +50,4 @@ def get_num_threads() -> int:
     --------
     set_num_threads : its notes tell the default.
     """
-    return _threads.get()
+    return _threads.get_count()

@@ -1,0 +1,1 @@
+"""Kernels for NumPy arrays: Numba, with micro-kernels in LLVM vector IR."""

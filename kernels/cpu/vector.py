@@ -1,0 +1,334 @@
+"""Micro-kernels in LLVM vector IR: the inner loops of attention, for the host's vector width.
+
+One generator emits them for float32 and float64 and for any number of lanes; nothing is written per
+instruction set. A micro-kernel is a Numba intrinsic that takes addresses (int64), counts and
+strides in numbers, not bytes. Its last argument, `unit`, is any number of the dtype to compute in.
+
+    gemm        C[r, :] (+)= sum_k A[r, k] B[k, :], any strides of A, blocks held in registers
+    row_max     the largest number of a row, NaN passed over
+    exp_sum     p = exp(s - shift) in place, and the sum
+    soft_cap    s = cap * tanh(s / cap) in place
+    select      `fill` where a bit of a 64-bit word is clear
+
+Rows that `row_max`, `exp_sum` and `soft_cap` take are multiples of 64 numbers long.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+I64 = ir.IntType(64)
+UNROLL = 4
+
+
+@functools.cache
+def vector_bytes() -> int:
+    """Return the width of a vector of the CPU that Numba compiles for."""
+    _, _, features = _target()
+    return 64 if "+avx512f" in features else 32 if "+avx2" in features else 16
+
+
+def registers(nbytes: int) -> int:
+    """Return how many vector registers the CPU has at that width."""
+    triple, _, _ = _target()
+    return 32 if nbytes == 64 or triple.startswith(("aarch64", "arm64")) else 16
+
+
+@functools.cache
+def _target() -> tuple[str, str, list[str]]:
+    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, name, features.split(",")
+
+
+class Vectors:
+    """Emits vectors of one dtype and width into one LLVM function."""
+
+    def __init__(self, builder: ir.IRBuilder, dtype: types.Float, nbytes: int) -> None:
+        self.builder = builder
+        self.size = dtype.bitwidth // 8
+        self.lanes = nbytes // self.size
+        self.scalar = ir.FloatType() if self.size == 4 else ir.DoubleType()
+        self.type = ir.VectorType(self.scalar, self.lanes)
+        self.integers = ir.VectorType(ir.IntType(8 * self.size), self.lanes)
+        self.fraction_bits = 23 if self.size == 4 else 52
+        self.largest_exponent = 127 if self.size == 4 else 1023
+
+    def const(self, value: float) -> ir.Constant:
+        """Return a vector of equal constants."""
+        return ir.Constant(self.type, [value] * self.lanes)
+
+    def splat(self, x: Any) -> Any:
+        """Return a vector of `x` in every lane."""
+        undefined = ir.Constant(self.type, ir.Undefined)
+        first = self.builder.insert_element(undefined, x, ir.IntType(32)(0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(first, undefined, zeros)
+
+    def where(self, address: Any, index: Any, kind: Any) -> Any:
+        """Return a pointer to number `index` from `address` on."""
+        base = self.builder.inttoptr(address, self.scalar.as_pointer())
+        pointer = self.builder.gep(base, [index], source_etype=self.scalar)
+        return self.builder.bitcast(pointer, kind.as_pointer())
+
+    def load(self, address: Any, index: Any) -> Any:
+        """Read a vector from number `index` on."""
+        return self.builder.load(self.where(address, index, self.type), align=self.size,
+                                 typ=self.type)
+
+    def load_number(self, address: Any, index: Any) -> Any:
+        """Read number `index`."""
+        return self.builder.load(self.where(address, index, self.scalar), align=self.size,
+                                 typ=self.scalar)
+
+    def store(self, x: Any, address: Any, index: Any) -> None:
+        """Write a vector from number `index` on."""
+        self.builder.store(x, self.where(address, index, self.type), align=self.size)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """Return x * y + z, rounded once where the CPU can."""
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(self.type, [self.type] * 3), name)
+        return self.builder.call(function, [x, y, z])
+
+    def reduce(self, operation: str, start: list[Any], x: Any) -> Any:
+        """Return one number from all lanes."""
+        name = f"llvm.vector.reduce.{operation}.v{self.lanes}f{8 * self.size}"
+        kinds = [argument.type for argument in start] + [self.type]
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(self.scalar, kinds), name)
+        return self.builder.call(function, [*start, x], fastmath=("reassoc",))
+
+    def variable(self, value: Any) -> Any:
+        """Make a variable that loops may change; LLVM turns it into a register."""
+        slot = cgutils.alloca_once(self.builder, value.type)
+        self.builder.store(value, slot)
+        return slot
+
+    def bits(self, x: Any) -> Any:
+        """Return the lanes of floats as integers, bit by bit."""
+        return self.builder.bitcast(x, self.integers)
+
+    def floats(self, x: Any) -> Any:
+        """Return the lanes of integers as floats, bit by bit."""
+        return self.builder.bitcast(x, self.type)
+
+    def blocks(self, total: Any, sizes: tuple[int, ...]) -> Iterator[tuple[int, Any]]:
+        """Emit what follows once per block size: as many blocks of it as still fit in `total`."""
+        done = I64(0)
+        for size in sizes:
+            count = self.builder.udiv(self.builder.sub(total, done), I64(size))
+            with cgutils.for_range(self.builder, count) as loop:
+                start = self.builder.mul(loop.index, I64(size))
+                yield size, self.builder.add(done, start)
+            done = self.builder.add(done, self.builder.mul(count, I64(size)))
+
+    def row(self, total: Any) -> Iterator[list[Any]]:
+        """Emit what follows for all vectors of a row, UNROLL of them at a time."""
+        step = UNROLL * self.lanes
+        with cgutils.for_range(self.builder, self.builder.udiv(total, I64(step))) as loop:
+            start = self.builder.mul(loop.index, I64(step))
+            yield [self.builder.add(start, I64(u * self.lanes)) for u in range(UNROLL)]
+
+    def power(self, x: Any, rate: Decimal) -> tuple[Any, Any, Any]:
+        """Split exp(x rate) = 2^r (1 + f * series): what multiplies a float by 2^r if added to it.
+
+        Adding 1.5 * 2^fraction_bits rounds t = x rate / ln 2 to the integer r and leaves r in the
+        lowest bits. With f = t - r, |f| <= 1/2, the series is Taylor's for (2^f - 1) / f. Two parts
+        of 1 / ln 2 keep f exact to rounding however large x is.
+        """
+        b = self.builder
+        degree = 7 if self.size == 4 else 13
+        factor = rate / Decimal(2).ln()
+        high = _rounded(float(factor), self.size)
+        low = _rounded(float(factor - Decimal(high)), self.size)
+        rounder = self.const(1.5 * 2.0**self.fraction_bits)
+        rounded = self.fma(x, self.const(high), rounder)
+        f = self.fma(x, self.const(high), b.fneg(b.fsub(rounded, rounder)))
+        f = self.fma(x, self.const(low), f)
+        series = self.const(_rounded(math.log(2) ** degree / math.factorial(degree), self.size))
+        for k in range(degree - 1, 0, -1):
+            coefficient = _rounded(math.log(2) ** k / math.factorial(k), self.size)
+            series = self.fma(series, f, self.const(coefficient))
+        shift = ir.Constant(self.integers, [self.fraction_bits] * self.lanes)
+        return b.shl(self.bits(rounded), shift), f, series
+
+    def exp(self, x: Any) -> Any:
+        """Return exp x, and 0 where that is below the normal range: denormal products stall."""
+        b = self.builder
+        exponent, f, series = self.power(x, Decimal(1))
+        power = self.floats(b.add(self.bits(self.fma(series, f, self.const(1.0))), exponent))
+        least, most = (_rounded(math.log(2) * n, self.size)
+                       for n in (1 - self.largest_exponent, 1 + self.largest_exponent))
+        power = b.select(b.fcmp_ordered("<=", x, self.const(least)), self.const(0.0), power)
+        huge_or_nan = b.fcmp_unordered(">=", x, self.const(most))
+        return b.select(huge_or_nan, b.fadd(x, self.const(math.inf)), power)
+
+    def tanh(self, x: Any) -> Any:
+        """Return tanh x: tanh |x| = -e / (2 + e) with e = exp(-2 |x|) - 1, good near 0 too."""
+        b = self.builder
+        negative = b.fcmp_ordered("<", x, self.const(0.0))
+        below = b.select(negative, x, b.fneg(x))
+        # from here on tanh is -1 to rounding
+        least = self.const(-2.0 - self.fraction_bits // 2)
+        below = b.select(b.fcmp_ordered("<", below, least), least, below)
+        exponent, f, series = self.power(below, Decimal(2))
+        one = self.const(1.0)
+        power = self.floats(b.add(self.bits(one), exponent))
+        e = self.fma(power, b.fmul(series, f), b.fsub(power, one))
+        y = b.fdiv(e, b.fadd(e, self.const(2.0)))
+        return b.select(negative, y, b.fneg(y))
+
+
+def _rounded(x: float, size: int) -> float:
+    """LLVM takes a float32 constant only if it is one."""
+    return types.float32.cast_python_value(x).item() if size == 4 else x
+
+
+def _gemm(v: Vectors, rows: Any, columns: Any, depth: Any, a: Any, a_row: Any, a_depth: Any,
+          b: Any, b_row: Any, c: Any, c_row: Any, accumulate: Any) -> None:
+    wide = registers(v.lanes * v.size) == 32
+    build = v.builder
+    add_to_c = build.icmp_signed("!=", accumulate, I64(0))
+    vectors = build.udiv(columns, I64(v.lanes))
+    for width, first in v.blocks(vectors, (4, 2, 1) if wide else (2, 1)):
+        j = build.mul(first, I64(v.lanes))
+        for height, i in v.blocks(rows, (6, 4, 2, 1)):
+            a_rows = [build.mul(build.add(i, I64(r)), a_row) for r in range(height)]
+            sums = [[v.variable(v.const(0.0)) for _ in range(width)] for _ in range(height)]
+            with cgutils.for_range(build, depth) as loop:
+                b_start = build.add(build.mul(loop.index, b_row), j)
+                b_k = [v.load(b, build.add(b_start, I64(u * v.lanes))) for u in range(width)]
+                a_k = build.mul(loop.index, a_depth)
+                for a_start, row in zip(a_rows, sums, strict=True):
+                    x = v.splat(v.load_number(a, build.add(a_start, a_k)))
+                    for y, total in zip(b_k, row, strict=True):
+                        build.store(v.fma(x, y, build.load(total, typ=v.type)), total)
+            for r, row in enumerate(sums):
+                start = build.add(build.mul(build.add(i, I64(r)), c_row), j)
+                for u, total in enumerate(row):
+                    at = build.add(start, I64(u * v.lanes))
+                    # C joins last: its error does not grow with every product
+                    with build.if_then(add_to_c):
+                        build.store(build.fadd(v.load(c, at), build.load(total, typ=v.type)), total)
+                    v.store(build.load(total, typ=v.type), c, at)
+    build.ret_void()
+
+
+def _row_max(v: Vectors, row: Any, count: Any, start: Any) -> None:
+    build = v.builder
+    largest = [v.variable(v.splat(start)) for _ in range(UNROLL)]
+
+    def larger(x: Any, slot: Any) -> Any:
+        old = build.load(slot, typ=v.type)
+        return build.select(build.fcmp_ordered(">", x, old), x, old)
+
+    for places in v.row(count):
+        for place, slot in zip(places, largest, strict=True):
+            build.store(larger(v.load(row, place), slot), slot)
+    for slot in largest[1:]:
+        build.store(larger(build.load(slot, typ=v.type), largest[0]), largest[0])
+    build.ret(v.reduce("fmax", [], build.load(largest[0], typ=v.type)))
+
+
+def _exp_sum(v: Vectors, row: Any, count: Any, shift: Any) -> None:
+    build = v.builder
+    shifts = v.splat(shift)
+    sums = [v.variable(v.const(0.0)) for _ in range(UNROLL)]
+    for places in v.row(count):
+        for place, slot in zip(places, sums, strict=True):
+            p = v.exp(build.fsub(v.load(row, place), shifts))
+            v.store(p, row, place)
+            build.store(build.fadd(build.load(slot, typ=v.type), p), slot)
+    total = build.load(sums[0], typ=v.type)
+    for slot in sums[1:]:
+        total = build.fadd(total, build.load(slot, typ=v.type))
+    build.ret(v.reduce("fadd", [v.scalar(0.0)], total))
+
+
+def _soft_cap(v: Vectors, row: Any, count: Any, cap: Any) -> None:
+    caps = v.splat(cap)
+    for places in v.row(count):
+        for place in places:
+            x = v.builder.fdiv(v.load(row, place), caps)
+            v.store(v.builder.fmul(caps, v.tanh(x)), row, place)
+    v.builder.ret_void()
+
+
+def _select(v: Vectors, row: Any, word: Any, fill: Any) -> None:
+    build = v.builder
+    fills = v.splat(fill)
+    for place in range(0, 64, v.lanes):
+        bits = build.trunc(build.lshr(word, I64(place)), ir.IntType(v.lanes))
+        keep = build.bitcast(bits, ir.VectorType(ir.IntType(1), v.lanes))
+        v.store(build.select(keep, v.load(row, I64(place)), fills), row, I64(place))
+    build.ret_void()
+
+
+def _typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, dtype: Any,
+           ) -> tuple[Any, Any] | None:
+    """Type an intrinsic and emit its body; `takes` has an i for each int64, an f for each float."""
+    if dtype not in (types.float32, types.float64):
+        return None
+    kinds = {"i": types.int64, "f": dtype, "-": types.void}
+    signature = kinds[returns](*(kinds[letter] for letter in takes), dtype)
+
+    def call(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        *values, _ = values
+        name = f"pyattn{emit.__name__}_{dtype}_{nbytes}"
+        result = ir.VoidType() if returns == "-" else context.get_value_type(dtype)
+        kind = ir.FunctionType(result, [value.type for value in values])
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        if function.is_declaration:
+            function.linkage = "linkonce_odr"
+            inside = ir.IRBuilder(function.append_basic_block("entry"))
+            emit(Vectors(inside, dtype, nbytes), *function.args)
+        value = builder.call(function, values)
+        return context.get_dummy_value() if returns == "-" else value
+
+    return signature, call
+
+
+@functools.cache
+def micro_kernels(nbytes: int) -> SimpleNamespace:
+    """Make the micro-kernels for vectors of `nbytes`."""
+
+    @intrinsic
+    def gemm(context, rows, columns, depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate,
+             unit):
+        return _typed(_gemm, nbytes, "-", "iiiiiiiiiii", unit)
+
+    @intrinsic
+    def row_max(context, row, count, start, unit):
+        return _typed(_row_max, nbytes, "f", "iif", unit)
+
+    @intrinsic
+    def exp_sum(context, row, count, shift, unit):
+        return _typed(_exp_sum, nbytes, "f", "iif", unit)
+
+    @intrinsic
+    def soft_cap(context, row, count, cap, unit):
+        return _typed(_soft_cap, nbytes, "-", "iif", unit)
+
+    @intrinsic
+    def select(context, row, word, fill, unit):
+        return _typed(_select, nbytes, "-", "iif", unit)
+
+    return SimpleNamespace(gemm=gemm, row_max=row_max, exp_sum=exp_sum, soft_cap=soft_cap,
+                           select=select)
+
+
+_host = micro_kernels(vector_bytes())
+gemm, row_max, exp_sum = _host.gemm, _host.row_max, _host.exp_sum
+soft_cap, select = _host.soft_cap, _host.select
