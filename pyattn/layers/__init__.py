@@ -1,0 +1,23 @@
+"""Layers on plain weight arrays, each with its backward.
+
+`layer(...)` gives the output; ``layer.forward(...)`` gives ``(out, saved)``, and
+``saved.backward(dout)`` the gradients, named like the arguments.
+"""
+
+from ..features.positions import add_positions, embedding, rotary
+from .feed_forward import feed_forward
+from .language_model import init_language_model, language_model
+from .linear import linear
+from .loss import cross_entropy
+from .multi_head import cross_attention, multi_head, projected_attention
+from .norm import layer_norm
+from .optimise import adam, clip_by_norm
+from .transformer import init_transformer_block, transformer, transformer_block
+from .vit import init_vit, patchify, vit
+
+__all__ = [
+    "adam", "add_positions", "clip_by_norm", "cross_attention", "cross_entropy", "embedding",
+    "feed_forward", "init_language_model", "init_transformer_block", "init_vit", "language_model",
+    "layer_norm", "linear", "multi_head", "patchify", "projected_attention", "rotary",
+    "transformer", "transformer_block", "vit",
+]

@@ -1,0 +1,193 @@
+"""The demo: its text, its bar, training, saving and loading, and what its exit status says."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pyattn import cli, layers
+from pyattn.checks import OptionError
+from pyattn.cli import demo
+
+SMALL = functools.partial(demo.Model, width=16, num_heads=2, depth=1, context=16)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return demo.read_text()
+
+
+@pytest.fixture
+def small(monkeypatch, texts):
+    text, training, held_out = texts
+    monkeypatch.setattr(demo, "Model", SMALL)
+    monkeypatch.setattr(demo, "SAMPLE", 40)
+    monkeypatch.setattr(demo, "read_text", lambda: (text, training, held_out[:1000]))
+
+
+def model_of(text, **options):
+    return SMALL("".join(sorted(set(text))), **options)
+
+
+def test_entropies_of_texts_that_can_be_counted_by_hand():
+    assert demo.entropies("ab" * 50 + "a") == pytest.approx((math.log(2), 0.0))
+    # after a: b, c, b, c; after b and c: a
+    alone, pair = demo.entropies("abac" * 25 + "a")
+    assert alone == pytest.approx(1.5 * math.log(2))
+    assert pair == pytest.approx(0.5 * math.log(2))
+
+
+def test_the_text_is_split_by_topics_and_shares_no_paragraph(texts):
+    text, training, held_out = texts
+    assert demo.read_text() == texts
+    assert len(held_out) > 20_000
+    assert len(training) > 10 * len(held_out)
+    shared = set(training.split("\n\n")) & set(held_out.split("\n\n"))
+    assert not shared
+    unigram, bigram = demo.entropies(text)
+    assert 2.2 < bigram < 2.7 < unigram < math.log(len(set(text)))
+
+
+def test_training_lowers_the_loss_and_the_seed_decides_everything(texts):
+    text, training, held_out = texts
+    model = model_of(text)
+    data = model.encode(training), model.encode(held_out[:1000])
+    params, curve = demo.train(model, *data, steps=30, seed=1, batch=4, learning_rate=3e-2)
+    losses = [loss for _, loss, _ in curve]
+    assert abs(losses[0] - math.log(len(model.alphabet))) < 0.2
+    assert losses[-1] < losses[0] - 0.8
+    assert curve[-1][2] == demo.held_out_loss(model, params, data[1], 4)
+    assert demo.held_out_loss(model, params, data[1], 7) == pytest.approx(curve[-1][2], rel=1e-5)
+    again, same = demo.train(model, *data, steps=30, seed=1, batch=4, learning_rate=3e-2)
+    assert same == curve
+    assert np.array_equal(again["blocks"][0]["w_qkv"], params["blocks"][0]["w_qkv"])
+    _, other = demo.train(model, *data, steps=2, seed=2, batch=4)
+    assert other[0][1] != curve[0][1]
+
+
+def test_seconds_end_the_training_early(texts):
+    text, training, held_out = texts
+    model = model_of(text)
+    _, curve = demo.train(model, model.encode(training), model.encode(held_out[:500]),
+                          steps=10_000, seed=0, seconds=0.2, batch=2)
+    assert len(curve) < 10_000
+    assert curve[-1][2] is not None
+
+
+def test_ablated_models_look_at_one_character_at_a_time(texts):
+    text, _, held_out = texts
+    tokens = model_of(text).encode(held_out[:16])
+    changed = tokens.copy()
+    changed[0] += 1
+    for ablate in (False, True):
+        model = model_of(text, ablate=ablate)
+        params = model.parameters(np.random.default_rng(0))
+        before, after = (layers.language_model(x, params, **model.arguments)
+                         for x in (tokens, changed))
+        assert np.array_equal(before[1:], after[1:]) is ablate
+    _, saved = layers.language_model.forward(tokens, params, **model.arguments)
+    grads = saved.backward(np.ones_like(before)).params["blocks"][0]
+    assert not grads["w_qkv"].any()
+    assert grads["w1"].any()
+
+
+def test_saved_weights_give_the_same_logits_bit_for_bit(texts, tmp_path):
+    text, training, _ = texts
+    model = model_of(text, options={"window": 5, "softcap": 30.0})
+    params = model.parameters(np.random.default_rng(3))
+    path = tmp_path / "weights.safetensors"
+    demo.save(path, model, params)
+    loaded, same = demo.load(path)
+    assert dataclasses.asdict(loaded) == dataclasses.asdict(model)
+    tokens = model.encode(training[:16])
+    assert np.array_equal(layers.language_model(tokens, params, **model.arguments),
+                          layers.language_model(tokens, same, **loaded.arguments))
+    assert demo.sample(loaded, same, "abc", 20, 0) == demo.sample(model, params, "abc", 20, 0)
+
+
+def test_a_run_tells_and_writes_what_it_found(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["demo", "--steps", "3", "--out", str(out), "--option", "window=4"]) == 0
+    printed = capsys.readouterr().out
+    for piece in ("bigram entropy", "before training", "after training", "NOT below", "held-out"):
+        assert piece in printed
+    with (out / "loss.csv").open(encoding="utf-8") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["step", "loss", "held_out_loss"]
+    assert [row[0] for row in table[1:]] == ["1", "2", "3"]
+    assert f"held-out loss {float(table[-1][2]):.3f}" in printed
+    weights = str(out / "weights.safetensors")
+    samples = []
+    for seed in ("0", "0", "1"):
+        assert cli.main(["demo", "--load", weights, "--seed", seed]) == 0
+        samples.append(capsys.readouterr().out)
+    assert samples[0] == samples[1] != samples[2]
+    assert samples[0].strip() in printed
+
+
+def test_the_loss_is_drawn_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    written = demo.draw_curve(tmp_path, [(1, 4.0, None), (2, 3.0, 3.5)], 2.5, "attention")
+    assert [path.name for path in written] == ["loss.csv", "loss.png"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_a_full_run_above_the_bigram_entropy_fails(small, tmp_path, monkeypatch):
+    arguments = ["demo", "--steps", "2", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    monkeypatch.setattr(demo, "STEPS", 2)
+    assert cli.main(arguments) == 1
+    assert cli.main([*arguments, "--ablate"]) == 0
+    monkeypatch.setattr(demo, "entropies", lambda text: (9.0, 9.0))
+    assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["--attention", "nothing"], "--attention must be one of attention"),
+    (["--attention", "cross_modal_attention"], "which can be causal"),
+    (["--option", "wndow=3"], "--option of attention must be one of mask, bias"),
+    (["--option", "causal=False"], "got 'causal'"),
+    (["--option", "window"], "--option must be KEY=VALUE; got 'window'"),
+    (["--option", "window=-1"], "window must be at least 0; got -1"),
+    (["--steps", "0"], "must be positive"),
+    (["--seconds", "nan"], "must be positive"),
+    (["--seed", "-1"], "--seed not negative; got 400, inf and -1"),
+    (["--load", "missing.safetensors"], "missing.safetensors"),
+])
+def test_what_cannot_be_done_is_said_in_one_line(small, tmp_path, monkeypatch, capsys, arguments,
+                                                 complaint):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_files_that_the_demo_has_not_written_are_refused(texts, tmp_path):
+    from safetensors.numpy import save_file
+
+    model = model_of(texts[0])
+    path = tmp_path / "weights.safetensors"
+    demo.save(path, model, model.parameters(np.random.default_rng(0)))
+    good = path.read_bytes()
+    w = np.ones(3, np.float32)
+
+    def described(**changes):
+        return {"pyattn.demo": json.dumps(dataclasses.asdict(model) | changes)}
+
+    def write(metadata):
+        save_file({"w": w}, path, metadata=metadata)
+
+    for damage in (lambda: path.write_bytes(good[:-10]), lambda: path.write_bytes(good[:5]),
+                   lambda: path.write_bytes(b""), lambda: path.write_bytes(b"\xff" * 100),
+                   lambda: write(None), lambda: write({"pyattn.demo": "{"}),
+                   lambda: write({"pyattn.demo": "[]"}), lambda: write(described()),
+                   lambda: write(described(extra=1)), lambda: write(described(depth=10**12)),
+                   lambda: write(described(width="wide"))):
+        damage()
+        with pytest.raises(OptionError, match="does not hold weights that the demo has saved"):
+            demo.load(path)
