@@ -358,6 +358,17 @@ def test_causal_output_ignores_the_future(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_equals_attention_over_the_sliced_keys(backend):
+    q, k, v = (draw(1, 2, 200, 8, dtype="f8", seed=s) for s in range(3))
+    with pyattn.use_backend(backend):
+        out = pyattn.attention(q, k, v, causal=True, window=30)
+        for i in (0, 10, 63, 64, 150, 199):
+            near = slice(max(i - 30, 0), i + 1)
+            alone = pyattn.attention(q[:, :, i : i + 1], k[:, :, near], v[:, :, near])
+            np.testing.assert_allclose(out[:, :, i : i + 1], alone, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_item_alone_equals_the_item_in_its_batch(backend):
     q, k, v = draw(3, 2, 70, 8), draw(3, 2, 80, 8, seed=1), draw(3, 2, 80, 8, seed=2)
     lengths = [80, 33, 64]
@@ -414,6 +425,37 @@ def test_merge_of_disjoint_keys_is_the_whole(backend):
         for name in ("k", "v"):
             got = np.concatenate([getattr(near, name), getattr(far, name)], axis=-2)
             np.testing.assert_allclose(got, getattr(want, name), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_constant_added_to_a_row_of_scores_changes_nothing(backend):
+    q, k, v = (draw(1, 2, 70, 8, dtype="f8", seed=s) for s in range(3))
+    row = draw(1, 2, 70, 1, dtype="f8", seed=3)
+    with pyattn.use_backend(backend):
+        np.testing.assert_allclose(
+            pyattn.attention(q, k, v, bias=row), pyattn.attention(q, k, v), rtol=0, atol=1e-14
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_shared_keys_equal_copied_keys(groups, backend):
+    """dK of shared keys is the sum of the copies' gradients; only bytes are saved, not pairs."""
+    q = draw(2, 6, 70, 8, dtype="f8")
+    k, v = draw(2, groups, 70, 8, dtype="f8", seed=1), draw(2, groups, 70, 8, dtype="f8", seed=2)
+    copies = [np.repeat(x, 6 // groups, axis=1) for x in (k, v)]
+    with pyattn.use_backend(backend):
+        out, saved = pyattn.attention.forward(q, k, v, causal=True)
+        want, full = pyattn.attention.forward(q, *copies, causal=True)
+        np.testing.assert_allclose(out, want, rtol=0, atol=1e-14)
+        got, wanted = saved.backward(out), full.backward(want)
+    np.testing.assert_allclose(got.q, wanted.q, rtol=0, atol=1e-13)
+    for name in "kv":
+        summed = getattr(wanted, name).reshape(2, groups, 6 // groups, 70, 8).sum(axis=2)
+        np.testing.assert_allclose(getattr(got, name), summed, rtol=0, atol=1e-13)
+    assert saved.stats["pairs"] == full.stats["pairs"]
+    shared = 2 * (copies[0].nbytes - k.nbytes)
+    assert full.stats["bytes"] - saved.stats["bytes"] == shared
 
 
 def test_merge_with_an_empty_part_and_poison():

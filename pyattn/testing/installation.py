@@ -1,0 +1,217 @@
+"""Checks of this installation: every public function on every backend that can run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+import pyattn
+from pyattn import arrays, dispatch, reference
+from pyattn.checks import BackendError
+from pyattn.engines.merge import merge
+from pyattn.variants.attention import attention
+from pyattn.variants.cross_modal import cross_modal_attention
+
+from .cases import Case
+from .check import check
+from .compare import BACKWARD, FORWARD, compare, plain_dtype
+from .gradcheck import gradcheck
+from .report import ERROR, FAILED, OK, SKIPPED, CaseResult
+
+LIBRARIES = ("array_api_strict", "torch", "jax")
+"""Array libraries besides NumPy on which the array_api backend is checked, where installed."""
+
+_HARD = ("two batch axes", "causal, more keys", "sinks and rows without keys", "packed sequences",
+         "NaN that later queries see", "everything at once")
+"""The cases of the quick set for dtypes and libraries that are not looked at in full."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One function on one backend and array library."""
+
+    function: str
+    backend: str
+    library: str
+    run: Callable[[], list[CaseResult]]
+
+    @property
+    def subject(self) -> str:
+        """What is checked, in words."""
+        return f"{self.function} on {self.backend}, {self.library} arrays"
+
+    def results(self) -> list[CaseResult]:
+        """Run it; what goes wrong is a result too."""
+        try:
+            with dispatch.use_backend(self.backend):
+                found = self.run()
+        except (NotImplementedError, BackendError) as error:
+            found = [CaseResult("all", "", SKIPPED, message=str(error))]
+        except Exception as error:      # one broken function must not hide the others
+            found = [CaseResult("all", "", ERROR, message=f"{type(error).__name__}: {error}")]
+        return [dataclasses.replace(result, subject=self.subject) for result in found]
+
+
+def tasks(thorough: bool = False) -> list[Task]:
+    """List what there is to check; `thorough` takes every case in every dtype."""
+    found = []
+    for backend in dispatch.BACKENDS:
+        for name in (*pyattn.VARIANTS, "merge"):
+            found.append(Task(name, backend, "numpy", _checker(name, thorough)))
+        for name in pyattn.layers.__all__:
+            if hasattr(getattr(pyattn.layers, name), "forward"):
+                found.append(Task(f"layers.{name}", backend, "numpy",
+                                  functools.partial(_gradients_of, _LAYERS, name)))
+    for library in LIBRARIES:
+        found.append(Task("attention", "array_api", library,
+                          functools.partial(_other_library, library, thorough)))
+    return found
+
+
+def _checker(name: str, thorough: bool) -> Callable[[], list[CaseResult]]:
+    known: dict[str, Callable[[], list[CaseResult]]] = {
+        "attention": functools.partial(_attention, thorough),
+        "cross_modal_attention": functools.partial(_cross_modal, thorough), "merge": _merge}
+    return known.get(name, functools.partial(_gradients_of, {}, name))
+
+
+def _attention(thorough: bool) -> list[CaseResult]:
+    if thorough:
+        return list(check(attention, dtypes=arrays.FLOATS).results)
+    return [*check(attention, cases="quick").results,
+            *check(attention, cases=_HARD,
+                   dtypes=("bfloat16", "float16", "float64")).results]
+
+
+def _other_library(library: str, thorough: bool) -> list[CaseResult]:
+    if importlib.util.find_spec(library) is None:
+        return [CaseResult("all", "", SKIPPED, message="not installed")]
+    xp: Any = importlib.import_module("jax.numpy" if library == "jax" else library)
+
+    def to(x: np.ndarray) -> Any:
+        # contiguous, because torch takes no negative strides
+        return arrays.from_host(xp, np.ascontiguousarray(x).reshape(x.shape).copy())
+
+    # JAX's default has no float64, the strict namespace no half precision
+    dtypes = {"array_api_strict": ("float64", "float32"), "torch": ("bfloat16", "float32"),
+              "jax": ("float32",)}[library]
+    # JAX compiles every operation for every shape
+    cases: Any = None if thorough else _HARD
+    if library == "jax":
+        cases = _HARD if thorough else ("two batch axes", "causal, more keys")
+    return list(check(attention, cases=cases, to=to, dtypes=dtypes).results)
+
+
+def _cross_modal(thorough: bool) -> list[CaseResult]:
+    words, patches = 30, 40
+    modality = np.arange(words + patches) >= words
+    results: list[CaseResult] = []
+    for interactive in (False, True):
+        allowed = (modality[:, None] != modality) | (not interactive)
+        case = Case("interactive" if interactive else "joint", "cross modal", n=words + patches,
+                    m=words + patches, heads=4, options={"mask": allowed}, dlse=True)
+
+        def forward(q: Any, k: Any, v: Any, *, mask: Any, return_lse: bool = False,
+                    interactive: bool = interactive) -> Any:
+            return cross_modal_attention.forward(
+                q, k, v, modality_lengths=(words, patches), interactive=interactive,
+                return_lse=return_lse)
+
+        report = check(SimpleNamespace(forward=forward), cases=case, name="cross_modal_attention",
+                       dtypes=arrays.FLOATS if thorough else ("float32",))
+        results += report.results
+    return results
+
+
+def _merge() -> list[CaseResult]:
+    results = []
+    for dtype in arrays.FLOATS:
+        rng = np.random.default_rng(0)
+        wide = np.dtype("float64" if dtype == "float64" else "float32")
+        out_a, out_b, dout = (rng.standard_normal((2, 3, 70, 16)).astype(plain_dtype(dtype))
+                              for _ in range(3))
+        lse_a, lse_b, dlse = (rng.standard_normal((2, 3, 70)).astype(wide) for _ in range(3))
+        out_a[0, 0, 5], lse_a[0, 0, 5] = np.nan, -np.inf
+        given = (out_a, lse_a, out_b, lse_b)
+        out, saved = merge.forward(*given)
+        found = {"out": out[0], "lse": out[1], **saved.backward(dout, dlse)._asdict()}
+        judge = reference.LONGDOUBLE if dtype == "float64" else reference.FLOAT64
+        right = []
+        for precision in (judge, reference.plain(dtype)):
+            merged = reference.merge(*given, precision=precision)
+            right.append(dict(zip(("out", "lse"), merged, strict=True))
+                         | reference.merge_backward(*given, dout, dlse, precision=precision))
+        comparisons = tuple(
+            compare(found[name], exact, right[1][name], name=name,
+                    factor=FORWARD if name in ("out", "lse") else BACKWARD,
+                    axes=1 if "lse" in name else 2) for name, exact in right[0].items())
+        results.append(CaseResult("two parts, one of them empty in a row", dtype,
+                                  OK if all(comparisons) else FAILED, comparisons))
+    return results
+
+
+Calls = dict[str, Callable[[Callable[..., np.ndarray]], tuple[tuple[Any, ...], dict[str, Any]]]]
+"""Arguments to check an operation with, by its name, from a function that draws an array."""
+
+
+def _gradients_of(calls: Calls, name: str) -> list[CaseResult]:
+    if name not in calls:
+        return [CaseResult("gradients", "float64", SKIPPED, message="no check is known for it")]
+    rng = np.random.default_rng(0)
+    arguments, options = calls[name](lambda *shape: rng.standard_normal(shape))
+    result = gradcheck(getattr(pyattn.layers, name), *arguments, raise_on_failure=False, **options)
+    return [CaseResult("gradients", "float64", OK if result else FAILED,
+                       message="" if result else str(result))]
+
+
+def _block(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_transformer_block(0, 8, num_heads=2, dtype=np.float64)
+    return (draw(2, 5, 8), params), {"num_heads": 2, "norm": "post", "causal": True}
+
+
+def _blocks(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    blocks = [pyattn.layers.init_transformer_block(seed, 8, num_heads=2, dtype=np.float64)
+              for seed in range(2)]
+    return (draw(2, 5, 8), blocks), {"num_heads": 2, "causal": True}
+
+
+def _vit(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_vit(0, image=(4, 6), channels=2, patch=2, width=8, depth=1,
+                                    num_heads=2, dtype=np.float64)
+    return (draw(2, 4, 6, 2), params), {"patch": 2, "num_heads": 2}
+
+
+def _language_model(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_language_model(0, vocabulary=7, width=8, depth=1, num_heads=2,
+                                               positions=6, dtype=np.float64)
+    return (np.arange(10).reshape(2, 5) % 7, params), {"num_heads": 2}
+
+
+_LAYERS: Calls = {
+    "linear": lambda draw: ((draw(2, 3, 5), draw(5, 4), draw(4)), {}),
+    "layer_norm": lambda draw: ((draw(2, 3, 8), draw(8), draw(8)), {}),
+    "feed_forward": lambda draw: ((draw(2, 3, 5), draw(5, 9), draw(9), draw(9, 5), draw(5)), {}),
+    "rotary": lambda draw: ((draw(2, 3, 7, 8),), {}),
+    "add_positions": lambda draw: ((draw(2, 5, 8), draw(5, 8)), {}),
+    "embedding": lambda draw: ((np.arange(10).reshape(2, 5) % 7, draw(7, 8)), {}),
+    "cross_entropy": lambda draw: ((draw(2, 5, 7), np.arange(10).reshape(2, 5) % 7), {}),
+    "patchify": lambda draw: ((draw(2, 4, 6, 3),), {"patch": 2}),
+    "multi_head": lambda draw: (
+        (draw(2, 5, 8), draw(8, 24), draw(8, 8), draw(24), draw(8)),
+        {"num_heads": 2, "causal": True}),
+    "cross_attention": lambda draw: (
+        (draw(2, 5, 8), draw(2, 7, 6), draw(8, 8), draw(6, 16), draw(8, 8)), {"num_heads": 2}),
+    "projected_attention": lambda draw: (
+        (draw(2, 5, 8), draw(8, 8), draw(8, 8), draw(8, 8), draw(8, 8)), {"num_heads": 2}),
+    "transformer_block": _block,
+    "transformer": _blocks,
+    "vit": _vit,
+    "language_model": _language_model,
+}
