@@ -1,0 +1,1 @@
+"""Kernels, one folder for each backend; installed as `pyattn.kernels`."""

@@ -17,9 +17,9 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import layers, masks, reference, testing
     from .checks import BackendError, DtypeError, OptionError, ShapeError
+    from .config import show_config
     from .dispatch import explain, use_backend
     from .engines.merge import merge
-    from .show_config import show_config
     from .threads import get_num_threads, set_num_threads
     from .variants.attention import attention
     from .variants.cross_modal import cross_modal_attention
@@ -35,7 +35,7 @@ _NAMES = {
     "merge": "engines.merge",
     "explain": "dispatch",
     "use_backend": "dispatch",
-    "show_config": "show_config",
+    "show_config": "config",
     "get_num_threads": "threads",
     "set_num_threads": "threads",
     "BackendError": "checks",

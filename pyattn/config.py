@@ -62,7 +62,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     'available'
     """
     require_choice("mode", mode, ("stdout", "dicts"))
-    config = {
+    config: dict[str, dict[str, Any]] = {
         "versions": _versions(),
         "backends": _backends(),
         "threads": _threads(),
@@ -133,13 +133,12 @@ def _threads() -> dict[str, Any]:
 
 def _cache() -> dict[str, str]:
     """Where Numba keeps compiled kernels: its own rule, spelled out."""
-    from numba.core import config
     from numba.misc.appdirs import AppDirs
 
     from .kernels import cpu
 
     beside = Path(cpu.__path__[0])
-    folder = config.CACHE_DIR or (
+    folder = os.environ.get("NUMBA_CACHE_DIR") or (
         beside / "__pycache__" if os.access(beside, os.W_OK)
         else AppDirs(appname="numba", appauthor=False).user_cache_dir)
     return {"compiled kernels": str(folder)}
@@ -166,7 +165,9 @@ def _cpu_name() -> str:
 def _blas() -> dict[str, str]:
     import scipy
 
-    return {name: _blas_of(package) for name, package in (("numpy", np), ("scipy", scipy))}
+    # some of these make it use less of the CPU than it would by itself
+    told = {name: value for name, value in os.environ.items() if name.startswith("OPENBLAS_")}
+    return {"numpy": _blas_of(np), "scipy": _blas_of(scipy), **told}
 
 
 def _blas_of(package: Any) -> str:

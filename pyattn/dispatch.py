@@ -122,6 +122,19 @@ class Explanation:
 def explain(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Run ``operation(*args, **kwargs)`` and tell which backend took each part, and why.
 
+    Parameters
+    ----------
+    operation : function
+        Any of pyattn's, or one's own that calls them.
+    *args, **kwargs
+        Its arguments. The call is computed for real: what it returns is dropped.
+
+    Returns
+    -------
+    Explanation
+        Prints as a line for each engine that the call ran, and one for each backend passed over.
+        A `BackendError` of the call is told, not raised.
+
     Examples
     --------
     >>> import numpy as np, pyattn

@@ -29,10 +29,9 @@ def set_num_threads(n: int) -> None:
     Examples
     --------
     >>> import pyattn
-    >>> from pyattn.threads import get_num_threads
-    >>> before = get_num_threads()
+    >>> before = pyattn.get_num_threads()
     >>> pyattn.set_num_threads(1)
-    >>> get_num_threads()
+    >>> pyattn.get_num_threads()
     1
     >>> pyattn.set_num_threads(before)
     """
@@ -49,5 +48,11 @@ def get_num_threads() -> int:
     See Also
     --------
     set_num_threads : its notes tell the default.
+
+    Examples
+    --------
+    >>> import pyattn
+    >>> pyattn.get_num_threads() >= 1
+    True
     """
     return _threads.get_count()

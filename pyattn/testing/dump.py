@@ -117,6 +117,17 @@ def read_dump(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Dump:
     ------
     DumpError
         It is neither, is damaged, holds objects or unknown names, or claims too much.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from pyattn import testing
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "dump.npz")
+    ...     _ = path.write_bytes(b"not a zip file")
+    ...     testing.read_dump(path)     # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    pyattn.testing.dump.DumpError: ...
     """
     path = Path(path)
     try:
@@ -344,13 +355,37 @@ def check_dump(dump: str | Path | Dump, *, max_bytes: int = MAX_BYTES,
                advance: Callable[[str], None] = lambda text: None) -> Report:
     """Judge the results in a dump by its inputs; see `write_dump` for what it may hold.
 
-    `advance` is called four times with what has been done; it takes minutes where there are 10^9
-    pairs of query and key in all.
+    Parameters
+    ----------
+    dump : path or Dump
+        A file, or what `read_dump` made of one.
+    max_bytes : int
+        Refuse a file whose arrays claim to hold more.
+    advance : function of a string
+        Called four times with what has been done.
+
+    Returns
+    -------
+    Report
+        ``report.passed``, and as text the error of each result and where it is worst.
 
     Raises
     ------
     DumpError
         The file cannot be read, misses an array, or its shapes do not fit together.
+
+    Notes
+    -----
+    Dense float64 formulas: minutes where there are 10^9 pairs of query and key in all.
+
+    Examples
+    --------
+    >>> import numpy as np, pyattn
+    >>> from pyattn import testing
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 40, 8), dtype=np.float32)
+    >>> dump = testing.Dump(dict(q=q, k=k, v=v, out=pyattn.attention(q, k, v)), {})
+    >>> testing.check_dump(dump).passed
+    True
     """
     title = "dump" if isinstance(dump, Dump) else Path(dump).name
     if not isinstance(dump, Dump):

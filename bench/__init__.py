@@ -1,0 +1,1 @@
+"""Timings of pyattn beside others in one process: ``python -m bench --help``."""

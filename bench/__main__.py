@@ -1,0 +1,86 @@
+"""``python -m bench``: measure, and write the table and the plot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
+                    "NUMBA_NUM_THREADS")
+
+HOLDING_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
+                "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA",
+                "ONEDNN_MAX_CPU_ISA", "NPY_DISABLE_CPU_FEATURES", "NUMBA_CPU_NAME",
+                "NUMBA_CPU_FEATURES")
+"""Variables that make a library use less of the CPU than it would by itself. Left in place, one of
+them has made NumPy's matrix product half as fast, and whatever is compared with it look good."""
+
+
+def main() -> int:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Time pyattn beside NumPy, torch and JAX, in turns in "
+                                            "one process, and count peak memory.")
+    parser.add_argument("--quick", action="store_true", help="the short set")
+    parser.add_argument("--rows", metavar="REGEX", help="only rows whose name matches")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
+    parser.add_argument("--threads", type=int, default=len(_cores()),
+                        help="for every library (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0,
+                        help="for the turns of one row and pass (default: %(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="do not count memory")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios")
+    args = parser.parse_args()
+    _limit_threads(args.threads)
+    dropped = {name: os.environ.pop(name) for name in HOLDING_BACK if name in os.environ}
+
+    # only now: the thread pools of NumPy and the others take their size when they are imported
+    from pyattn.cli.progress import progress
+
+    from .harness import measure
+    from .report import markdown, plot
+    from .rows import ROWS
+
+    rows = [row for row in ROWS if (row.quick or not args.quick)
+            and (args.rows is None or re.search(args.rows, row.name))]
+    if args.list:
+        print("\n".join(row.name for row in rows))
+        return 0
+    if not rows:
+        parser.error(f"no row matches {args.rows!r}; --list names them")
+    measurements = []
+    with progress("measuring", total=2 * len(rows)) as bar:
+        for row in rows:
+            for backward in (False, True):
+                measurements.append(measure(row, backward, seconds=args.seconds,
+                                            memory=not args.no_memory))
+                bar.advance(text=row.name)
+    table = markdown(measurements, args.threads, dropped)
+    print(table, end="")
+    if args.output:
+        args.output.write_text(table)
+    if args.plot:
+        plot(measurements, args.plot)
+    return 0
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _limit_threads(threads: int) -> None:
+    """Give this process `threads` cores: JAX has no other setting that it obeys."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _cores()[:threads])
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = str(threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

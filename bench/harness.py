@@ -1,0 +1,212 @@
+"""Measures a row: checks that rivals agree, times them in turns, counts peak memory.
+
+Machines drift, so a time alone says little: rivals are timed in one process, in turns, and what is
+reported is the median of the ratios within a turn, with its quartiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .rivals import JUDGES, RIVALS, Unsupported, gemms
+from .rows import Row
+
+TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 5e-2}
+"""Largest difference from the float64 formulas, relative to the largest value, that is timed."""
+
+SHORTEST = 0.02
+"""Seconds that one timing takes at least; a faster call is repeated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclasses.dataclass
+class Measurement:
+    """All about one row and pass."""
+
+    row: Row
+    backward: bool
+    seconds: dict[str, Spread] = dataclasses.field(default_factory=dict)
+    """By rival, the time of one call."""
+    ratios: dict[str, Spread] = dataclasses.field(default_factory=dict)
+    """By rival, its time divided by the first rival's: above 1, the first is faster."""
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """By rival, the largest difference from float64, relative to the largest value."""
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By rival, why it was not timed."""
+    gemm: float | None = None
+    """GFLOP/s of the machine's matrix product in the same turns."""
+    megabytes: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    """By rival, peak memory above the inputs."""
+
+    def gflops(self, rival: str) -> float:
+        return self.row.flops(self.backward) / self.seconds[rival].median / 1e9
+
+
+def measure(row: Row, backward: bool, *, seconds: float = 3.0, memory: bool = True) -> Measurement:
+    """Measure one row and pass; `seconds` is about what the turns take together."""
+    found = Measurement(row, backward)
+    calls = _agreeing(found, row.inputs())
+    library, product, operations = _gemm(row.dtype)
+    if library is not None:
+        calls["gemm"] = product
+    times = alternate(calls, seconds)
+    gemm_times = times.pop("gemm", None)
+    if gemm_times:
+        found.gemm = operations / statistics.median(gemm_times) / 1e9
+    found.seconds = {rival: Spread.of(values) for rival, values in times.items()}
+    first = row.rivals[0]
+    if first in times:
+        found.ratios = {rival: ratios(values, times[first])
+                        for rival, values in times.items() if rival != first}
+    if memory:
+        found.megabytes = {rival: peak_megabytes(row, backward, rival) for rival in times}
+    return found
+
+
+def _agreeing(found: Measurement, inputs: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """The calls of those rivals that are here and give the right result."""
+    row = found.row
+    q, k, v, dout = (x.astype(np.float64) for x in inputs.values())
+    right = JUDGES[row.function](q, k, v, dout if found.backward else None, row.allowed())
+    calls = {}
+    for rival in row.rivals:
+        try:
+            call, host = RIVALS[row.function][rival](row, inputs, found.backward)
+            error = difference(host(call()), right)
+        except (ImportError, Unsupported) as reason:
+            found.absent[rival] = str(reason)
+            continue
+        found.errors[rival] = error
+        if error <= TOLERANCE[row.dtype]:
+            calls[rival] = call
+        else:
+            found.absent[rival] = f"wrong by {error:.1e} of the largest value"
+    return calls
+
+
+def difference(got: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> float:
+    """The largest difference, relative to the largest value of its array; inf if any is NaN."""
+    worst = 0.0
+    for a, b in zip(got, right, strict=True):
+        error = np.max(np.abs(a.astype(np.float64) - b)) / np.max(np.abs(b))
+        worst = max(worst, float(error) if np.isfinite(error) else np.inf)
+    return worst
+
+
+def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int = 5,
+              most: int = 50) -> dict[str, list[float]]:
+    """Time each call once per turn, for about `seconds`; every list has one time per turn."""
+    repeats = {name: max(1, round(SHORTEST / _timed(call, 1))) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    end = time.perf_counter() + seconds
+    for turn in itertools.count():
+        if turn >= least and (time.perf_counter() > end or turn >= most):
+            return times
+        for name in order:
+            # the last one's worker threads spin a while; and this one's must wake up
+            time.sleep(0.005)
+            if repeats[name] > 1:
+                calls[name]()
+            times[name].append(_timed(calls[name], repeats[name]))
+        order.append(order.pop(0))
+    raise AssertionError("unreachable")
+
+
+def ratios(times: Sequence[float], first: Sequence[float]) -> Spread:
+    """Of each turn, the time divided by the first rival's."""
+    return Spread.of([a / b for a, b in zip(times, first, strict=True)])
+
+
+def _timed(call: Callable[[], Any], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) / repeats
+
+
+def _gemm(dtype: str) -> tuple[str | None, Callable[[], Any], float]:
+    """The faster library's matrix product, and its operations."""
+    size = 1024
+    best: tuple[float, str | None, Callable[[], Any]] = (np.inf, None, lambda: None)
+    for library, product in gemms(dtype, size).items():
+        took = min(_timed(product, 1) for _ in range(4))
+        best = min(best, (took, library, product), key=lambda found: found[0])
+    return best[1], best[2], 2.0 * size**3
+
+
+def peak_megabytes(row: Row, backward: bool, rival: str) -> float | None:
+    """Peak memory of one call above its inputs, in a process of its own; None if not told.
+
+    The process has run a small problem of the same kind before, so that libraries, compiled code
+    and thread pools do not count.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    request = json.dumps({"row": dataclasses.asdict(row), "backward": backward, "rival": rival})
+    child = subprocess.run(
+        [sys.executable, "-m", "bench.harness", request], capture_output=True, text=True,
+        check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+    if child.returncode:
+        raise RuntimeError(f"measuring the memory of {rival} failed:\n{child.stderr}")
+    return float(child.stdout)
+
+
+def _print_peak(request: str) -> None:
+    wanted = json.loads(request)
+    row = Row(**wanted["row"])
+    prepare = RIVALS[row.function][wanted["rival"]]
+
+    def run(row: Row) -> Callable[[], Any]:
+        return prepare(row, row.inputs(), wanted["backward"])[0]
+
+    small = dict(row.options)
+    if "kv_lengths" in small:
+        small["kv_lengths"] = [min(length, 128) for length in small["kv_lengths"]]
+    run(dataclasses.replace(row, length=128, options=small))()
+    call = run(row)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)     # what making the inputs has freed would hide as much of the call's own use
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water()
+    call()
+    print((_high_water() - before) / 1024)
+
+
+def _high_water() -> int:
+    """Kilobytes of the largest resident size since the last reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    _print_peak(sys.argv[1])

@@ -1,0 +1,61 @@
+"""``python -m pyattn warmup``: compile the usual kernels now, into the cache on disk."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from typing import Any
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "warmup", help="compile the usual kernels into the cache",
+        description="Run attention forward and backward on tiny arrays, so that Numba compiles its "
+                    "kernels and keeps them on disk; later processes load them.")
+    parser.add_argument("--dtype", action="append", choices=DTYPES,
+                        help="only for this dtype (may be given again); default: all")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile."""
+    from .progress import progress
+
+    began = time.perf_counter()
+    jobs = list(itertools.product(args.dtype or DTYPES, _OPTIONS))
+    with progress("compiling", total=len(jobs)) as bar:
+        for dtype, name in jobs:
+            _compile(dtype, _OPTIONS[name]())
+            bar.advance(text=f"{dtype} {name}")
+    print(f"{len(jobs)} calls in {time.perf_counter() - began:.1f} s")
+    return 0
+
+
+def _terms() -> dict[str, Any]:
+    import numpy as np
+
+    return {"bias": np.zeros((1, 70), np.float32), "gate": np.ones((70, 70), np.float32),
+            "softcap": 30.0, "sinks": np.zeros(2, np.float32),
+            "alibi_slopes": np.ones(2, np.float32), "dropout": 0.1, "rng": 0}
+
+
+_OPTIONS: dict[str, Any] = {
+    "plain": dict,
+    "causal": lambda: {"causal": True},
+    "terms": _terms,
+}
+
+
+def _compile(dtype: str, options: dict[str, Any]) -> None:
+    import ml_dtypes  # noqa: F401, gives NumPy the name bfloat16
+    import numpy as np
+
+    import pyattn
+
+    x = np.ones((1, 2, 70, 64), np.dtype(dtype))
+    out, saved = pyattn.attention.forward(x, x, x, **options)
+    saved.backward(out)
