@@ -18,6 +18,9 @@ HOLDING_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
 """Variables that make a library use less of the CPU than it would by itself. Left in place, one of
 them has made NumPy's matrix product half as fast, and whatever is compared with it look good."""
 
+REST = 0.3
+"""Seconds for which OpenMP's and OpenBLAS's idle threads may hold on to a core that others need."""
+
 
 def main() -> int:
     """Parse the command line and measure."""
@@ -57,7 +60,8 @@ def main() -> int:
         for row in rows:
             for backward in (False, True):
                 measurements.append(measure(row, backward, seconds=args.seconds,
-                                            memory=not args.no_memory))
+                                            memory=not args.no_memory,
+                                            rest=REST if args.threads > 1 else 0.0))
                 bar.advance(text=row.name)
     table = markdown(measurements, args.threads, dropped)
     print(table, end="")

@@ -70,14 +70,15 @@ class Measurement:
         return self.row.flops(self.backward) / self.seconds[rival].median / 1e9
 
 
-def measure(row: Row, backward: bool, *, seconds: float = 3.0, memory: bool = True) -> Measurement:
+def measure(row: Row, backward: bool, *, seconds: float = 3.0, memory: bool = True,
+            rest: float = 0.0) -> Measurement:
     """Measure one row and pass; `seconds` is about what the turns take together."""
     found = Measurement(row, backward)
     calls = _agreeing(found, row.inputs())
     library, product, operations = _gemm(row.dtype)
     if library is not None:
         calls["gemm"] = product
-    times = alternate(calls, seconds)
+    times = alternate(calls, seconds, rest=rest)
     gemm_times = times.pop("gemm", None)
     if gemm_times:
         found.gemm = operations / statistics.median(gemm_times) / 1e9
@@ -122,8 +123,12 @@ def difference(got: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> float:
 
 
 def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int = 5,
-              most: int = 50) -> dict[str, list[float]]:
-    """Time each call once per turn, for about `seconds`; every list has one time per turn."""
+              most: int = 50, rest: float = 0.0) -> dict[str, list[float]]:
+    """Time each call once per turn, for about `seconds`; every list has one time per turn.
+
+    Before each timing, `rest` seconds pass and the call is made once: worker threads of the library
+    that ran last may spin for a while, and this one's must wake up.
+    """
     repeats = {name: max(1, round(SHORTEST / _timed(call, 1))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
@@ -132,10 +137,8 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int
         if turn >= least and (time.perf_counter() > end or turn >= most):
             return times
         for name in order:
-            # the last one's worker threads spin a while; and this one's must wake up
-            time.sleep(0.005)
-            if repeats[name] > 1:
-                calls[name]()
+            time.sleep(rest)
+            calls[name]()
             times[name].append(_timed(calls[name], repeats[name]))
         order.append(order.pop(0))
     raise AssertionError("unreachable")
