@@ -47,6 +47,8 @@ def require_real(name: str, value: Any) -> float:
 
 def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """Return `value` if it is one of `choices` (True is not 1 here), or raise OptionError."""
+    if type(value).__module__ == "numpy" and not getattr(value, "ndim", 1):
+        value = value.item()
     if not any(value is choice or (type(value) is type(choice) and value == choice)
                for choice in choices):
         wanted = ", ".join(map(repr, choices))

@@ -735,6 +735,13 @@ def test_bad_input_is_named(change, error, message):
         np.testing.assert_array_equal(arrays[name], x)
 
 
+def test_numpy_scalars_and_lists_are_options_too():
+    for causal in (np.True_, np.False_):
+        want = pyattn.attention(X, X, X, causal=bool(causal), window=(1, None))
+        got = pyattn.attention(X, X, X, causal=causal, window=[np.int64(1), None])
+        np.testing.assert_array_equal(got, want)
+
+
 def test_unknown_option_is_a_type_error():
     with pytest.raises(TypeError, match="is_causal"):
         pyattn.attention(X, X, X, is_causal=True)

@@ -133,12 +133,11 @@ def _segments(value: Any, n: int, m: int) -> tuple[tuple[int, ...], tuple[int, .
     pair = isinstance(value, tuple | list) and len(value) == 2 and all(
         hasattr(part, "__len__") for part in value)
     queries, keys = value if pair else (value, value)
-    sides = tuple(_segment_lengths(side, part, total) for side, part, total in
-                  (("queries", queries, n), ("keys", keys, m)))
-    if len(sides[0]) != len(sides[1]):
+    queries, keys = _segment_lengths("queries", queries, n), _segment_lengths("keys", keys, m)
+    if len(queries) != len(keys):
         raise ShapeError(f"segments must pair each piece of the queries with one of the keys; got "
-                         f"{len(sides[0])} and {len(sides[1])} pieces")
-    return sides
+                         f"{len(queries)} and {len(keys)} pieces")
+    return queries, keys
 
 
 def _segment_lengths(side: str, value: Any, total: int) -> tuple[int, ...]:

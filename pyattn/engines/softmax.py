@@ -102,7 +102,7 @@ class SoftmaxSaved(Call):
                 found[name] = arrays.cast(xp, xp.reshape(grads[name], given.shape), given.dtype)
         if is_array(self.scale):
             found["scale"] = _summed_to(xp, grads["scale"], self.scale)
-        if self.sinks is not None:
+        if problem.sinks is not None:
             # the sink is a key of value 0: p (dp - delta) with dp = 0
             share = xp.exp(problem.sinks[None, :, None] - xp.where(lse == -math.inf, math.inf, lse))
             found["sinks"] = _summed_to(xp, -xp.sum(share * delta, axis=(0, 2)), self.sinks)

@@ -159,7 +159,7 @@ def attention(q: Array, k: Array, v: Array, *, mask: Any = None, bias: Array | N
     >>> saved.backward(np.ones((1, 4, 3)), np.zeros((1, 4))).q.shape
     (1, 4, 3)
     """
-    require_choice("causal", causal, (False, True, "top_left"))
+    causal = require_choice("causal", causal, (False, True, "top_left"))
     if causal is not False or window is not None:
         mask = _with(mask, _pattern(causal, window))
     offsets = None
@@ -184,14 +184,14 @@ def _pattern(causal: bool | str, window: Any) -> masks.Mask:
     """The mask that `causal` and `window` describe together."""
     if window is None:
         return masks.causal()
-    pair = window if isinstance(window, tuple) else (window, window)
+    pair = window if isinstance(window, tuple | list) else (window, window)
     if len(pair) != 2:
         raise OptionError(f"window must be an integer or a pair (left, right); got {window}")
     left, right = pair
     left, right = (None if reach is None else require_integer("window", reach, minimum=0)
                    for reach in (left, right))
     if causal is not False:
-        if isinstance(window, tuple) and right not in (None, 0):
+        if isinstance(window, tuple | list) and right not in (None, 0):
             raise OptionError(f"a causal window reaches to the left only; got window={window}")
         right = 0
     return masks.window(left, right)
