@@ -269,7 +269,7 @@ CASES = [
     ),
     Case("gate_keys", lambda r, s: {"gate": gate("B", "1", "1", "M")(r, s)}),
     Case("scale", lambda r, s: {"scale": 0.3}),
-    Case("scale_array", lambda r, s: {"scale": normal("H")(r, s)}),
+    Case("scale_array", lambda r, s: {"scale": normal("H")(r, s) * np.float32(2 * s.d**-0.5)}),
     Case("softcap", lambda r, s: {"softcap": 1.5, "scale": 1.0}),
     Case("sinks", lambda r, s: {"sinks": normal("H")(r, s)}),
     Case(
