@@ -51,7 +51,7 @@ def differentiable(forward: Callable[P, tuple[Out, Any]]) -> Operation[P, Out]:
     def operation(*args: P.args, **kwargs: P.kwargs) -> Out:
         return forward(*args, **kwargs)[0]
 
-    operation.forward = forward  # type: ignore[attr-defined]
+    operation.forward = forward  # type: ignore[attr-defined]  # a function may bear it
     return cast("Operation[P, Out]", operation)
 
 

@@ -25,7 +25,7 @@ class Runs(NamedTuple):
     """int64 (L, T + 1): the runs of line t in layout l are start[l, t] : start[l, t + 1]."""
     first: np.ndarray
     """int32 (R,): the first tile of a run."""
-    count: np.ndarray  # type: ignore[assignment]
+    count: np.ndarray  # type: ignore[assignment]  # hides tuple.count, unused here
     """int32 (R,): how many tiles it has."""
     tile: np.ndarray
     """int32 (R,): -1 for a full run, else where in `names` its tiles begin."""
@@ -218,7 +218,7 @@ class BlockMask(Mask):
         return int(count[full].sum()), int(count_p.sum()), pairs
 
     @property
-    def _key(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def _key(self) -> tuple[Any, ...]:  # type: ignore[override]  # Mask caches its own
         return BlockMask, self.source, self.n, self.m
 
     def __repr__(self) -> str:
