@@ -1,17 +1,4 @@
-"""Micro-kernels in LLVM vector IR: the inner loops of attention, for the host's vector width.
-
-One generator emits them for float32 and float64 and for any number of lanes; nothing is written per
-instruction set. A micro-kernel is a Numba intrinsic that takes addresses (int64), counts and
-strides in numbers, not bytes. Its last argument, `unit`, is any number of the dtype to compute in.
-
-    gemm        C[r, :] (+)= sum_k A[r, k] B[k, :], any strides of A, blocks held in registers
-    row_max     the largest number of a row, NaN passed over
-    exp_sum     p = exp(s - shift) in place, and the sum
-    soft_cap    s = cap * tanh(s / cap) in place
-    select      `fill` where a bit of a 64-bit word is clear
-
-Rows that `row_max`, `exp_sum` and `soft_cap` take are multiples of 64 numbers long.
-"""
+"""Vectors of the host's width in LLVM IR, from which the micro-kernels are put together."""
 
 from __future__ import annotations
 
@@ -19,14 +6,12 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from types import SimpleNamespace
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
 I64 = ir.IntType(64)
 UNROLL = 4
@@ -151,15 +136,16 @@ class Vectors:
         b = self.builder
         degree = 7 if self.size == 4 else 13
         factor = rate / Decimal(2).ln()
-        high = _rounded(float(factor), self.size)
-        low = _rounded(float(factor - Decimal(high)), self.size)
+        high = representable(float(factor), self.size)
+        low = representable(float(factor - Decimal(high)), self.size)
         rounder = self.const(1.5 * 2.0**self.fraction_bits)
         rounded = self.fma(x, self.const(high), rounder)
         f = self.fma(x, self.const(high), b.fneg(b.fsub(rounded, rounder)))
         f = self.fma(x, self.const(low), f)
-        series = self.const(_rounded(math.log(2) ** degree / math.factorial(degree), self.size))
+        series = self.const(representable(math.log(2)**degree / math.factorial(degree),
+                                           self.size))
         for k in range(degree - 1, 0, -1):
-            coefficient = _rounded(math.log(2) ** k / math.factorial(k), self.size)
+            coefficient = representable(math.log(2) ** k / math.factorial(k), self.size)
             series = self.fma(series, f, self.const(coefficient))
         shift = ir.Constant(self.integers, [self.fraction_bits] * self.lanes)
         return b.shl(self.bits(rounded), shift), f, series
@@ -169,7 +155,7 @@ class Vectors:
         b = self.builder
         exponent, f, series = self.power(x, Decimal(1))
         power = self.floats(b.add(self.bits(self.fma(series, f, self.const(1.0))), exponent))
-        least, most = (_rounded(math.log(2) * n, self.size)
+        least, most = (representable(math.log(2) * n, self.size)
                        for n in (1 - self.largest_exponent, 1 + self.largest_exponent))
         power = b.select(b.fcmp_ordered("<=", x, self.const(least)), self.const(0.0), power)
         huge_or_nan = b.fcmp_unordered(">=", x, self.const(most))
@@ -191,92 +177,12 @@ class Vectors:
         return b.select(negative, y, b.fneg(y))
 
 
-def _rounded(x: float, size: int) -> float:
+def representable(x: float, size: int) -> float:
     """LLVM takes a float32 constant only if it is one."""
     return types.float32.cast_python_value(x).item() if size == 4 else x
 
 
-def _gemm(v: Vectors, rows: Any, columns: Any, depth: Any, a: Any, a_row: Any, a_depth: Any,
-          b: Any, b_row: Any, c: Any, c_row: Any, accumulate: Any) -> None:
-    wide = registers(v.lanes * v.size) == 32
-    build = v.builder
-    add_to_c = build.icmp_signed("!=", accumulate, I64(0))
-    vectors = build.udiv(columns, I64(v.lanes))
-    for width, first in v.blocks(vectors, (4, 2, 1) if wide else (2, 1)):
-        j = build.mul(first, I64(v.lanes))
-        for height, i in v.blocks(rows, (6, 4, 2, 1)):
-            a_rows = [build.mul(build.add(i, I64(r)), a_row) for r in range(height)]
-            sums = [[v.variable(v.const(0.0)) for _ in range(width)] for _ in range(height)]
-            with cgutils.for_range(build, depth) as loop:
-                b_start = build.add(build.mul(loop.index, b_row), j)
-                b_k = [v.load(b, build.add(b_start, I64(u * v.lanes))) for u in range(width)]
-                a_k = build.mul(loop.index, a_depth)
-                for a_start, row in zip(a_rows, sums, strict=True):
-                    x = v.splat(v.load_number(a, build.add(a_start, a_k)))
-                    for y, total in zip(b_k, row, strict=True):
-                        build.store(v.fma(x, y, build.load(total, typ=v.type)), total)
-            for r, row in enumerate(sums):
-                start = build.add(build.mul(build.add(i, I64(r)), c_row), j)
-                for u, total in enumerate(row):
-                    at = build.add(start, I64(u * v.lanes))
-                    # C joins last: its error does not grow with every product
-                    with build.if_then(add_to_c):
-                        build.store(build.fadd(v.load(c, at), build.load(total, typ=v.type)), total)
-                    v.store(build.load(total, typ=v.type), c, at)
-    build.ret_void()
-
-
-def _row_max(v: Vectors, row: Any, count: Any, start: Any) -> None:
-    build = v.builder
-    largest = [v.variable(v.splat(start)) for _ in range(UNROLL)]
-
-    def larger(x: Any, slot: Any) -> Any:
-        old = build.load(slot, typ=v.type)
-        return build.select(build.fcmp_ordered(">", x, old), x, old)
-
-    for places in v.row(count):
-        for place, slot in zip(places, largest, strict=True):
-            build.store(larger(v.load(row, place), slot), slot)
-    for slot in largest[1:]:
-        build.store(larger(build.load(slot, typ=v.type), largest[0]), largest[0])
-    build.ret(v.reduce("fmax", [], build.load(largest[0], typ=v.type)))
-
-
-def _exp_sum(v: Vectors, row: Any, count: Any, shift: Any) -> None:
-    build = v.builder
-    shifts = v.splat(shift)
-    sums = [v.variable(v.const(0.0)) for _ in range(UNROLL)]
-    for places in v.row(count):
-        for place, slot in zip(places, sums, strict=True):
-            p = v.exp(build.fsub(v.load(row, place), shifts))
-            v.store(p, row, place)
-            build.store(build.fadd(build.load(slot, typ=v.type), p), slot)
-    total = build.load(sums[0], typ=v.type)
-    for slot in sums[1:]:
-        total = build.fadd(total, build.load(slot, typ=v.type))
-    build.ret(v.reduce("fadd", [v.scalar(0.0)], total))
-
-
-def _soft_cap(v: Vectors, row: Any, count: Any, cap: Any) -> None:
-    caps = v.splat(cap)
-    for places in v.row(count):
-        for place in places:
-            x = v.builder.fdiv(v.load(row, place), caps)
-            v.store(v.builder.fmul(caps, v.tanh(x)), row, place)
-    v.builder.ret_void()
-
-
-def _select(v: Vectors, row: Any, word: Any, fill: Any) -> None:
-    build = v.builder
-    fills = v.splat(fill)
-    for place in range(0, 64, v.lanes):
-        bits = build.trunc(build.lshr(word, I64(place)), ir.IntType(v.lanes))
-        keep = build.bitcast(bits, ir.VectorType(ir.IntType(1), v.lanes))
-        v.store(build.select(keep, v.load(row, I64(place)), fills), row, I64(place))
-    build.ret_void()
-
-
-def _typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, dtype: Any,
+def typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, dtype: Any,
            ) -> tuple[Any, Any] | None:
     """Type an intrinsic and emit its body; `takes` has an i for each int64, an f for each float."""
     if dtype not in (types.float32, types.float64):
@@ -286,7 +192,7 @@ def _typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, dty
 
     def call(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         *values, _ = values
-        name = f"pyattn{emit.__name__}_{dtype}_{nbytes}"
+        name = f"pyattn_{emit.__name__}_{dtype}_{nbytes}"
         result = ir.VoidType() if returns == "-" else context.get_value_type(dtype)
         kind = ir.FunctionType(result, [value.type for value in values])
         function = cgutils.get_or_insert_function(builder.module, kind, name)
@@ -298,37 +204,3 @@ def _typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, dty
         return context.get_dummy_value() if returns == "-" else value
 
     return signature, call
-
-
-@functools.cache
-def micro_kernels(nbytes: int) -> SimpleNamespace:
-    """Make the micro-kernels for vectors of `nbytes`."""
-
-    @intrinsic
-    def gemm(context, rows, columns, depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate,
-             unit):
-        return _typed(_gemm, nbytes, "-", "iiiiiiiiiii", unit)
-
-    @intrinsic
-    def row_max(context, row, count, start, unit):
-        return _typed(_row_max, nbytes, "f", "iif", unit)
-
-    @intrinsic
-    def exp_sum(context, row, count, shift, unit):
-        return _typed(_exp_sum, nbytes, "f", "iif", unit)
-
-    @intrinsic
-    def soft_cap(context, row, count, cap, unit):
-        return _typed(_soft_cap, nbytes, "-", "iif", unit)
-
-    @intrinsic
-    def select(context, row, word, fill, unit):
-        return _typed(_select, nbytes, "-", "iif", unit)
-
-    return SimpleNamespace(gemm=gemm, row_max=row_max, exp_sum=exp_sum, soft_cap=soft_cap,
-                           select=select)
-
-
-_host = micro_kernels(vector_bytes())
-gemm, row_max, exp_sum = _host.gemm, _host.row_max, _host.exp_sum
-soft_cap, select = _host.soft_cap, _host.select
