@@ -20,8 +20,9 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from pyattn.kernels.cpu import compile, forward, ownership, softmax, threads, vector
-from pyattn.kernels.cpu.philox import philox
+from pyattn.kernels.cpu import compile, ownership, softmax, threads
+from pyattn.kernels.cpu.jit import forward, vector
+from pyattn.kernels.cpu.jit.philox import philox
 
 from pyattn.checks import OptionError
 from pyattn.engines.problem import Problem, Term
@@ -756,7 +757,7 @@ def test_row_kernels(nbytes, dtype):
     ids=["avx2", "plain"])
 def test_other_hosts(name, features, nbytes):
     """The same tests in a process for which Numba is told that the CPU is a smaller one."""
-    code = f"from pyattn.kernels.cpu import vector; assert vector.vector_bytes() == {nbytes}"
+    code = f"from pyattn.kernels.cpu.jit import vector; assert vector.vector_bytes() == {nbytes}"
     environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     done = subprocess.run(
@@ -799,7 +800,7 @@ def test_a_kernel_needs_no_place_for_a_cache(monkeypatch):
 def test_the_sources_are_part_of_a_kernels_name():
     """An edited helper in another file must not meet a stale cache."""
     digest = hashlib.sha256()
-    for path in sorted(Path(compile.__file__).parent.glob("*.py")):
+    for path in sorted(Path(compile.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     assert forward.forward.py_func.__qualname__ == f"forward_{digest.hexdigest()[:12]}"
 

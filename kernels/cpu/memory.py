@@ -1,19 +1,10 @@
-"""Reading and writing at addresses: kernels take integers, so that one compilation serves all.
-
-An array argument would compile a kernel anew for every layout and for read-only memory, and a
-missing one for every combination of terms.
-"""
+"""Memory that kernels are given by address."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import carray, types
-from numba.extending import intrinsic
-from numba.np.numpy_support import from_dtype
-
-from .compile import part
 
 CACHE_LINE = 64
 
@@ -29,63 +20,3 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def address(x: np.ndarray | None) -> int:
     """Return where the first number of `x` lies; 0 for None."""
     return 0 if x is None else x.ctypes.data
-
-
-def record_at(dtype: np.dtype) -> Any:
-    """Make the function that turns an address into a record of `dtype`, inside kernels."""
-    record = from_dtype(dtype)
-
-    @intrinsic
-    def at(context, place):
-        def cast(context, builder, signature, values):
-            return builder.inttoptr(values[0], context.get_value_type(record))
-
-        return record(types.int64), cast
-
-    return at
-
-
-@intrinsic
-def load(context, place, like):
-    """Return the number at address `place`, of the type of `like`."""
-    def read(context, builder, signature, values):
-        kind = context.get_data_type(like)
-        pointer = builder.inttoptr(values[0], kind.as_pointer())
-        return builder.load(pointer, align=like.bitwidth // 8, typ=kind)
-
-    return like(types.int64, like), read
-
-
-@intrinsic
-def store(context, place, value):
-    """Write `value` at address `place`."""
-    def write(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], values[1].type.as_pointer())
-        builder.store(values[1], pointer, align=value.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value), write
-
-
-@intrinsic
-def pointer(context, place, like):
-    """Return a pointer to numbers of the type of `like`."""
-    def cast(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.int64, like), cast
-
-
-@intrinsic
-def rounded(context, x, unit):
-    """Return the float64 `x` rounded to the dtype of `unit`."""
-    def cast(context, builder, signature, values):
-        return context.cast(builder, values[0], types.float64, unit)
-
-    return unit(types.float64, unit), cast
-
-
-@part
-def numbers(place, count, like):
-    """Return the `count` numbers from address `place` on, as an array."""
-    return carray(pointer(place, like), (count,))

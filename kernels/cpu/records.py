@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import record_at
-
 
 def _record(integers: str, **others: object) -> np.dtype:
     return np.dtype([(name, "i8") for name in integers.split()] + list(others.items()))
@@ -46,6 +44,3 @@ JOB = np.dtype([
     # who owns what in the backward: int64 lists of (batch, head or group) pairs
     *_record("pairs pair_start slices").descr,
 ])
-
-pack_at = record_at(PACK)
-job_at = record_at(JOB)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from . import backward as back
-from . import forward as ahead
+from .jit import backward as back
+from .jit import forward as ahead
 from .job import Job
 from .memory import address
 from .ownership import TableGradient, TermGradient

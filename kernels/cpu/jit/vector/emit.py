@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 from llvmlite import ir
@@ -130,11 +130,9 @@ class Vectors:
         """Split exp(x rate) = 2^r (1 + f * series): what multiplies a float by 2^r if added to it.
 
         Adding 1.5 * 2^fraction_bits rounds t = x rate / ln 2 to the integer r and leaves r in the
-        lowest bits. With f = t - r, |f| <= 1/2, the series is Taylor's for (2^f - 1) / f. Two parts
-        of 1 / ln 2 keep f exact to rounding however large x is.
+        lowest bits; f = t - r. Two parts of 1 / ln 2 keep f exact to rounding however large x is.
         """
         b = self.builder
-        degree = 7 if self.size == 4 else 13
         factor = rate / Decimal(2).ln()
         high = representable(float(factor), self.size)
         low = representable(float(factor - Decimal(high)), self.size)
@@ -142,24 +140,31 @@ class Vectors:
         rounded = self.fma(x, self.const(high), rounder)
         f = self.fma(x, self.const(high), b.fneg(b.fsub(rounded, rounder)))
         f = self.fma(x, self.const(low), f)
-        series = self.const(representable(math.log(2)**degree / math.factorial(degree),
-                                           self.size))
-        for k in range(degree - 1, 0, -1):
-            coefficient = representable(math.log(2) ** k / math.factorial(k), self.size)
-            series = self.fma(series, f, self.const(coefficient))
+        *coefficients, last = (self.const(representable(coefficient, self.size))
+                               for coefficient in power_series(6 if self.size == 4 else 11))
+        series = last
+        for coefficient in reversed(coefficients):
+            series = self.fma(series, f, coefficient)
         shift = ir.Constant(self.integers, [self.fraction_bits] * self.lanes)
         return b.shl(self.bits(rounded), shift), f, series
 
-    def exp(self, x: Any) -> Any:
-        """Return exp x, and 0 where that is below the normal range: denormal products stall."""
+    def falling_exp(self, x: Any) -> Any:
+        """Return exp x for x <= 0 or NaN, and 0 where that is below the normal range.
+
+        Denormal products stall.
+        """
         b = self.builder
         exponent, f, series = self.power(x, Decimal(1))
         power = self.floats(b.add(self.bits(self.fma(series, f, self.const(1.0))), exponent))
-        least, most = (representable(math.log(2) * n, self.size)
-                       for n in (1 - self.largest_exponent, 1 + self.largest_exponent))
-        power = b.select(b.fcmp_ordered("<=", x, self.const(least)), self.const(0.0), power)
-        huge_or_nan = b.fcmp_unordered(">=", x, self.const(most))
-        return b.select(huge_or_nan, b.fadd(x, self.const(math.inf)), power)
+        least = self.const(representable(math.log(2) * (1 - self.largest_exponent), self.size))
+        return b.select(b.fcmp_unordered(">", x, least), power, self.const(0.0))
+
+    def exp(self, x: Any) -> Any:
+        """Return exp x for any x, and 0 where that is below the normal range."""
+        b = self.builder
+        most = self.const(representable(math.log(2) * (1 + self.largest_exponent), self.size))
+        huge_or_nan = b.fcmp_unordered(">=", x, most)
+        return b.select(huge_or_nan, b.fadd(x, self.const(math.inf)), self.falling_exp(x))
 
     def tanh(self, x: Any) -> Any:
         """Return tanh x: tanh |x| = -e / (2 + e) with e = exp(-2 |x|) - 1, good near 0 too."""
@@ -175,6 +180,29 @@ class Vectors:
         e = self.fma(power, b.fmul(series, f), b.fsub(power, one))
         y = b.fdiv(e, b.fadd(e, self.const(2.0)))
         return b.select(negative, y, b.fneg(y))
+
+
+@functools.cache
+def power_series(count: int) -> tuple[float, ...]:
+    """Return the coefficients of a polynomial for (2^f - 1) / f, |f| <= 1/2, the constant first.
+
+    It meets the function where Chebyshev's polynomial of degree `count` is 0, which is nearly best.
+    """
+    with localcontext(prec=40):
+        nodes = [Decimal(math.cos(math.pi * (k + 0.5) / count)) / 2 for k in range(count)]
+        differences = [((Decimal(2).ln() * f).exp() - 1) / f if f else Decimal(2).ln()
+                       for f in nodes]
+        for order in range(1, count):       # Newton's divided differences
+            for k in range(count - 1, order - 1, -1):
+                differences[k] -= differences[k - 1]
+                differences[k] /= nodes[k] - nodes[k - order]
+        coefficients = [Decimal(0)] * count
+        for node, difference in zip(reversed(nodes), reversed(differences), strict=True):
+            shifted = [Decimal(0), *coefficients[:-1]]
+            coefficients = [up - node * same
+                            for up, same in zip(shifted, coefficients, strict=True)]
+            coefficients[0] += difference
+        return tuple(map(float, coefficients))
 
 
 def representable(x: float, size: int) -> float:
@@ -193,7 +221,7 @@ def typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, dtyp
     def call(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         *values, _ = values
         name = f"pyattn_{emit.__name__}_{dtype}_{nbytes}"
-        result = ir.VoidType() if returns == "-" else context.get_value_type(dtype)
+        result = ir.VoidType() if returns == "-" else context.get_value_type(kinds[returns])
         kind = ir.FunctionType(result, [value.type for value in values])
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         if function.is_declaration:

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from .compile import part
-from .memory import load, numbers, store
+from ..compile import part
+from .access import load, numbers, store
 from .philox import philox
 from .vector import soft_cap
 

@@ -17,11 +17,10 @@ import math
 
 import numpy as np
 
-from .compile import kernel, part
+from ..compile import kernel, part
+from .access import job_at, load, numbers, rounded, store
 from .masking import ONE, STRAIGHT, allowed, bit_tile, exact_product, runs_of
-from .memory import load, numbers, rounded, store
-from .pack import NOWHERE, TILE, pack_tile
-from .records import job_at
+from .packing import NOWHERE, TILE, pack_tile
 from .terms import add_terms, cap_scores, clear, dropout_row, term_row
 from .vector import exp_sum, gemm, row_max, select
 

@@ -20,7 +20,8 @@ import math
 
 import numpy as np
 
-from .compile import kernel, part
+from ..compile import kernel, part
+from .access import job_at, load, numbers, store
 from .masking import (
     ONE,
     STRAIGHT,
@@ -30,9 +31,7 @@ from .masking import (
     exact_product,
     runs_of,
 )
-from .memory import load, numbers, store
-from .pack import NOWHERE, TILE, pack_tile
-from .records import job_at
+from .packing import NOWHERE, TILE, pack_tile
 from .terms import (
     add_terms,
     cap_scores,

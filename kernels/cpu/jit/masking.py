@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compile import part
-from .memory import load, store
+from ..compile import part
+from .access import load, store
 
 ONE = np.uint64(1)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)

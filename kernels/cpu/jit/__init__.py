@@ -1,0 +1,1 @@
+"""What Numba compiles: kernels, the parts that they share, and micro-kernels."""
