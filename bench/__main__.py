@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,46 +31,69 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the short set")
     parser.add_argument("--rows", metavar="REGEX", help="only rows whose name matches")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
-    parser.add_argument("--threads", type=int, default=len(_cores()),
-                        help="for every library (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0,
-                        help="for the turns of one row and pass (default: %(default)s)")
+    parser.add_argument("--targets", action="store_true",
+                        help="only rows with a target, and a table of what was reached")
+    parser.add_argument("--threads", type=int, nargs="+", default=[len(_cores())], metavar="N",
+                        help="for every library; with several counts, one run after the other "
+                             "(default: %(default)s)")
+    parser.add_argument("--seconds", type=float,
+                        help="for the turns of one row and pass (default: 3, with --quick 2)")
     parser.add_argument("--no-memory", action="store_true", help="do not count memory")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios")
     args = parser.parse_args()
-    _limit_threads(args.threads)
+    if len(args.threads) > 1:
+        if args.output or args.plot:
+            parser.error("--output and --plot need one number of --threads")
+        return max(_again(threads, args) for threads in args.threads)
+    [threads] = args.threads
+    _limit_threads(threads)
     dropped = {name: os.environ.pop(name) for name in HOLDING_BACK if name in os.environ}
 
     # only now: the thread pools of NumPy and the others take their size when they are imported
     from pyattn.cli.progress import progress
 
     from .harness import measure
-    from .report import markdown, plot
+    from .report import markdown, plot, target_table
     from .rows import ROWS
+    from .targets import TARGETS
 
     rows = [row for row in ROWS if (row.quick or not args.quick)
+            and (not args.targets or any(target.speaks_of(row) for target in TARGETS))
             and (args.rows is None or re.search(args.rows, row.name))]
     if args.list:
         print("\n".join(row.name for row in rows))
         return 0
     if not rows:
         parser.error(f"no row matches {args.rows!r}; --list names them")
+    seconds = args.seconds if args.seconds is not None else 2.0 if args.quick else 3.0
     measurements = []
-    with progress("measuring", total=2 * len(rows)) as bar:
+    with progress("measuring", total=sum(len(row.passes) for row in rows)) as bar:
         for row in rows:
-            for backward in (False, True):
-                measurements.append(measure(row, backward, seconds=args.seconds,
+            for backward in row.passes:
+                measurements.append(measure(row, backward, seconds=seconds,
                                             memory=not args.no_memory,
-                                            rest=REST if args.threads > 1 else 0.0))
+                                            rest=REST if threads > 1 else 0.0))
                 bar.advance(text=row.name)
-    table = markdown(measurements, args.threads, dropped)
+    table = markdown(measurements, threads, dropped)
+    if args.targets:
+        table += "\n" + target_table(TARGETS, measurements, threads)
     print(table, end="")
     if args.output:
         args.output.write_text(table)
     if args.plot:
         plot(measurements, args.plot)
     return 0
+
+
+def _again(threads: int, args: argparse.Namespace) -> int:
+    """Run this command for one number of threads, in a process that starts with all cores."""
+    switches = [f"--{name.replace('_', '-')}" for name in ("quick", "targets", "list", "no_memory")
+                if getattr(args, name)]
+    values = [f"--{name}={value}" for name in ("rows", "seconds")
+              if (value := getattr(args, name)) is not None]
+    command = [sys.executable, "-m", "bench", *switches, *values, "--threads", str(threads)]
+    return subprocess.run(command, check=False).returncode
 
 
 def _cores() -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -21,11 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from .rivals import JUDGES, RIVALS, Unsupported, gemms
+from .rivals import JUDGES, RIVALS, Inputs, Unsupported, gemms, reads
 from .rows import Row
 
-TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 5e-2}
+TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
 """Largest difference from the float64 formulas, relative to the largest value, that is timed."""
+
+FEWEST = 3
+"""Turns that are taken however long they last; more are, until `LONGEST` times the seconds."""
+
+LONGEST = 3
+
+WAKEFUL = 0.5
+"""A call of more seconds than this wakes its threads in a small part of its time."""
 
 SHORTEST = 0.02
 """Seconds that one timing takes at least; a faster call is repeated."""
@@ -46,6 +55,9 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+    def times(self, factor: float) -> Spread:
+        return Spread(self.median * factor, self.low * factor, self.high * factor)
+
 
 @dataclasses.dataclass
 class Measurement:
@@ -61,13 +73,16 @@ class Measurement:
     """By rival, the largest difference from float64, relative to the largest value."""
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     """By rival, why it was not timed."""
-    gemm: float | None = None
-    """GFLOP/s of the machine's matrix product in the same turns."""
+    machine: float | None = None
+    """Work in a second of the machine's own matrix product, or read, in the same turns."""
+    share: Spread | None = None
+    """The first rival's rate divided by that, in each turn."""
     megabytes: dict[str, float | None] = dataclasses.field(default_factory=dict)
     """By rival, peak memory above the inputs."""
 
-    def gflops(self, rival: str) -> float:
-        return self.row.flops(self.backward) / self.seconds[rival].median / 1e9
+    def rate(self, rival: str) -> float:
+        """Work in a second: multiplications and additions, or bytes read."""
+        return self.row.work(self.backward) / self.seconds[rival].median
 
 
 def measure(row: Row, backward: bool, *, seconds: float = 3.0, memory: bool = True,
@@ -75,30 +90,31 @@ def measure(row: Row, backward: bool, *, seconds: float = 3.0, memory: bool = Tr
     """Measure one row and pass; `seconds` is about what the turns take together."""
     found = Measurement(row, backward)
     calls = _agreeing(found, row.inputs())
-    library, product, operations = _gemm(row.dtype)
-    if library is not None:
-        calls["gemm"] = product
+    calls["machine"], work = _machine(row)
     times = alternate(calls, seconds, rest=rest)
-    gemm_times = times.pop("gemm", None)
-    if gemm_times:
-        found.gemm = operations / statistics.median(gemm_times) / 1e9
+    machine = times.pop("machine")
+    found.machine = work / statistics.median(machine)
     found.seconds = {rival: Spread.of(values) for rival, values in times.items()}
     first = row.rivals[0]
     if first in times:
         found.ratios = {rival: ratios(values, times[first])
                         for rival, values in times.items() if rival != first}
-    if memory:
+        found.share = ratios(machine, times[first]).times(row.work(backward) / work)
+    if memory and row.memory:
         found.megabytes = {rival: peak_megabytes(row, backward, rival) for rival in times}
     return found
 
 
-def _agreeing(found: Measurement, inputs: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+def _agreeing(found: Measurement, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """The calls of those rivals that are here and give the right result."""
     row = found.row
-    q, k, v, dout = (x.astype(np.float64) for x in inputs.values())
-    right = JUDGES[row.function](q, k, v, dout if found.backward else None, row.allowed())
+    right = JUDGES[row.function](row, inputs, found.backward)
     calls = {}
+    found.absent.update({rival: reason for rival, reason in row.without.items()
+                         if rival in row.rivals})
     for rival in row.rivals:
+        if rival in found.absent:
+            continue
         try:
             call, host = RIVALS[row.function][rival](row, inputs, found.backward)
             error = difference(host(call()), right)
@@ -129,16 +145,20 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int
     Before each timing, `rest` seconds pass and the call is made once: worker threads of the library
     that ran last may spin for a while, and this one's must wake up.
     """
-    repeats = {name: max(1, round(SHORTEST / _timed(call, 1))) for name, call in calls.items()}
+    alone = {name: _timed(call, 1) for name, call in calls.items()}
+    repeats = {name: max(1, round(SHORTEST / took)) for name, took in alone.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
-    end = time.perf_counter() + seconds
+    began = time.perf_counter()
     for turn in itertools.count():
-        if turn >= least and (time.perf_counter() > end or turn >= most):
+        passed = time.perf_counter() - began
+        if turn >= most or (turn >= least and passed > seconds) or (
+                turn >= FEWEST and passed > LONGEST * seconds):
             return times
         for name in order:
             time.sleep(rest)
-            calls[name]()
+            if alone[name] < WAKEFUL:
+                calls[name]()
             times[name].append(_timed(calls[name], repeats[name]))
         order.append(order.pop(0))
     raise AssertionError("unreachable")
@@ -156,14 +176,32 @@ def _timed(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def _gemm(dtype: str) -> tuple[str | None, Callable[[], Any], float]:
-    """The faster library's matrix product, and its operations."""
+def _machine(row: Row) -> tuple[Callable[[], Any], float]:
+    """What the machine does at best where `row` has its limit, and how much work that is."""
+    if row.limit == "read":
+        nbytes = int(row.work(False))
+        return _fastest_read(nbytes), float(nbytes)
     size = 1024
-    best: tuple[float, str | None, Callable[[], Any]] = (np.inf, None, lambda: None)
-    for library, product in gemms(dtype, size).items():
-        took = min(_timed(product, 1) for _ in range(4))
-        best = min(best, (took, library, product), key=lambda found: found[0])
-    return best[1], best[2], 2.0 * size**3
+    return _fastest_gemm(row.dtype, size), 2.0 * size**3
+
+
+@functools.cache
+def _fastest_gemm(dtype: str, size: int) -> Callable[[], Any]:
+    return fastest(gemms(dtype, size))
+
+
+@functools.lru_cache(maxsize=1)     # one, for the arrays are large
+def _fastest_read(nbytes: int) -> Callable[[], Any]:
+    return fastest(reads(nbytes))
+
+
+def fastest(calls: dict[str, Callable[[], Any]]) -> Callable[[], Any]:
+    """The call that takes the least time."""
+    once = {name: _timed(call, 1) for name, call in calls.items()}
+    # the first call may start threads; what is slower by far is not worth another
+    near = [name for name in once if once[name] < 10 * min(once.values())]
+    best = {name: min(_timed(calls[name], 1) for _ in range(8)) for name in near}
+    return calls[min(best, key=lambda name: best[name])]
 
 
 def peak_megabytes(row: Row, backward: bool, rival: str) -> float | None:
@@ -191,10 +229,7 @@ def _print_peak(request: str) -> None:
     def run(row: Row) -> Callable[[], Any]:
         return prepare(row, row.inputs(), wanted["backward"])[0]
 
-    small = dict(row.options)
-    if "kv_lengths" in small:
-        small["kv_lengths"] = [min(length, 128) for length in small["kv_lengths"]]
-    run(dataclasses.replace(row, length=128, options=small))()
+    run(shortened(row, 128))()
     call = run(row)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -203,6 +238,15 @@ def _print_peak(request: str) -> None:
     before = _high_water()
     call()
     print((_high_water() - before) / 1024)
+
+
+def shortened(row: Row, most: int) -> Row:
+    """The same kind of problem with no length above `most`."""
+    options = dict(row.options)
+    if "kv_lengths" in options:
+        options["kv_lengths"] = [min(length, most) for length in options["kv_lengths"]]
+    return dataclasses.replace(row, length=min(row.length, most), options=options,
+                               keys=None if row.keys is None else min(row.keys, most))
 
 
 def _high_water() -> int:

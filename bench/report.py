@@ -10,6 +10,7 @@ from typing import Any
 import pyattn
 
 from .harness import Measurement, Spread
+from .targets import MACHINE, MICROSECONDS, Target, reached
 
 RIVAL_PACKAGES = ("torch", "jax", "numpy")
 
@@ -29,29 +30,61 @@ def markdown(measurements: Sequence[Measurement], threads: int,
         f"{config['cpu']['name']}, {count} of {os.cpu_count()}{load}; {versions}.",
         "",
         "Ratios are a rival's time divided by pyattn's in the same turn: median (quartiles); above "
-        "1, pyattn is faster. GFLOP/s count allowed pairs alone. GEMM is a 1024 x 1024 matrix "
-        "product of the dtype in the same turns, NumPy's or torch's, whichever is faster here. "
-        "MB: peak memory above the inputs.",
+        "1, pyattn is faster. GFLOP/s count allowed pairs alone. Of the machine: that rate divided "
+        "by that of a 1024 x 1024 matrix product of the dtype in the same turns, the fastest of "
+        "NumPy's and torch's; where it is GB/s of keys and values, by that of a plain read of as "
+        "many bytes. MB: peak memory above the inputs.",
         "",
     ]
     if dropped:
         taken = ", ".join(f"{name}={value}" for name, value in dropped.items())
         lines += [f"Not passed on to the libraries: {taken}.", ""]
-    header = ["problem", "pass", "pyattn ms", "GFLOP/s", "of GEMM",
-              *(f"{rival} / pyattn" for rival in rivals),
-              *(f"{rival} MB" for rival in ("pyattn", *rivals))]
-    lines += [_line(header), _line(["---", "---"] + ["--:"] * (len(header) - 2))]
-    lines += [_line(_cells(found, rivals)) for found in measurements]
-    notes = {f"- {rival}, {found.row.name}, {_pass(found)}: {reason}"
-             for found in measurements for rival, reason in found.absent.items()}
-    beyond = [f"- {found.row.name}, {_pass(found)}" for found in measurements
-              if _share(found) > 1]
+    counted = [rival for rival in ("pyattn", *rivals)
+               if any(rival in found.megabytes for found in measurements)]
+    header = ["problem", "pass", "pyattn ms", "rate", "of the machine",
+              *(f"{rival} / pyattn" for rival in rivals), *(f"{rival} MB" for rival in counted)]
+    lines += _table(header, [_cells(found, rivals, counted) for found in measurements])
+    beyond = [f"- {_title(found)}" for found in measurements
+              if found.share is not None and found.share.median > 1]
     if beyond:
-        lines += ["", "Above 100% of GEMM, so that product is not what the machine can do (another "
-                      "process, or a library that does not know this CPU):", "", *beyond]
+        lines += ["", "Above 100% of the machine, so what it is compared with is not what the "
+                      "machine can do (another process, or a library that does not know this CPU):",
+                  "", *beyond]
+    notes: dict[str, list[str]] = {}
+    for found in measurements:
+        for rival, reason in found.absent.items():
+            notes.setdefault(f"{rival}: {reason}", []).append(_title(found))
     if notes:
-        lines += ["", "Not timed:", "", *sorted(notes)]
+        lines += ["", "Not timed:", ""]
+        lines += [f"- {note} ({'; '.join(titles)})" for note, titles in sorted(notes.items())]
     return "\n".join(lines) + "\n"
+
+
+def target_table(targets: Sequence[Target], measurements: Sequence[Measurement],
+                 threads: int) -> str:
+    """What was to be reached and what was: of each target's rows, the worst."""
+    count = "one thread" if threads == 1 else f"{threads} threads"
+    lines = [f"Targets, {count}: the worst of the measured rows, median (quartiles).", ""]
+    header = ["against", "pass", "target", "stretch", "reached", "", "rows", "worst"]
+    cells = []
+    for target in targets:
+        found = reached(target, measurements)
+        wanted = [target.text, target.steps, *(_value(target, Spread.of([value]))
+                                               for value in (target.target, target.stretch))]
+        if not found:
+            cells.append([*wanted, "not measured", "", "0", ""])
+            continue
+        ordered = sorted(found, key=lambda name: found[name].median)
+        worst = ordered[-1 if target.smaller_is_better else 0]
+        verdict = "met" if target.met(found[worst].median) else "short"
+        cells.append([*wanted, _value(target, found[worst]), verdict, str(len(found)), worst])
+    return "\n".join([*lines, *_table(header, cells, left=(0, 1, 5, 7))]) + "\n"
+
+
+def _value(target: Target, spread: Spread) -> str:
+    form = {MACHINE: "{:.0%}", MICROSECONDS: "{:.1f}"}.get(target.against, "{:.2f}")
+    middle, low, high = (form.format(x) for x in (spread.median, spread.low, spread.high))
+    return middle if low == high else f"{middle} ({low}-{high})"
 
 
 def _rivals(measurements: Sequence[Measurement]) -> list[str]:
@@ -63,26 +96,28 @@ def _pass(found: Measurement) -> str:
     return "forward + backward" if found.backward else "forward"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _title(found: Measurement) -> str:
+    return f"{found.row.name}, {_pass(found)}"
 
 
-def _share(found: Measurement) -> float:
-    """The first rival's part of the machine's matrix product; 0 if one of them was not timed."""
-    first = found.row.rivals[0]
-    return found.gflops(first) / found.gemm if found.gemm and first in found.seconds else 0.0
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]],
+           left: Sequence[int] = (0, 1)) -> list[str]:
+    rule = ["---" if column in left else "--:" for column in range(len(header))]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
 
 
-def _cells(found: Measurement, rivals: Sequence[str]) -> list[str]:
+def _cells(found: Measurement, rivals: Sequence[str], counted: Sequence[str]) -> list[str]:
     first = found.row.rivals[0]
     cells = [found.row.name, _pass(found)]
     if first in found.seconds:
-        cells += [f"{found.seconds[first].median * 1e3:.3g}", f"{found.gflops(first):.0f}",
-                  f"{_share(found):.0%}" if found.gemm else ""]
+        unit = "GB/s" if found.row.limit == "read" else "GFLOP/s"
+        cells += [f"{found.seconds[first].median * 1e3:.3g}",
+                  f"{found.rate(first) / 1e9:.3g} {unit}",
+                  "" if found.share is None else f"{found.share.median:.0%}"]
     else:
         cells += ["", "", ""]
     cells += [_ratio(found.ratios.get(rival)) for rival in rivals]
-    for rival in (first, *rivals):
+    for rival in counted:
         peak = found.megabytes.get(rival)
         cells.append("" if peak is None else f"{peak:.0f}")
     return cells
@@ -119,7 +154,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(measurements)),
-                    [f"{found.row.name}, {_pass(found)}" for found in measurements], fontsize=8)
+                    [_title(found) for found in measurements], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("time divided by pyattn's: to the right of 1, pyattn is faster")
     axes.grid(axis="x", alpha=0.3)

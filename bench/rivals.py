@@ -1,13 +1,15 @@
 """Who is measured: each rival of a function as a call on arrays of its own library.
 
 A rival is ``rival(row, inputs, backward) -> (call, host)``: `call()` does the work and returns when
-it is done; `host(result)` gives what it returned as NumPy arrays, (out,) or (out, dq, dk, dv). What
-a user would prepare once (layouts, dense masks for libraries that need them) is prepared outside
-`call`. A rival that is not installed raises ImportError; one that cannot do the row, Unsupported.
+it is done; `host(result)` gives what it returned as NumPy arrays, (out,) or (out, dq, dk, dv), and
+dbias where there is a bias. What a user would prepare once (layouts, dense masks for libraries that
+need them, compilation) is prepared outside `call`. A rival that is not installed raises
+ImportError; one that cannot do the row, Unsupported.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +25,20 @@ class Unsupported(Exception):
     """A rival cannot do a row; the message says why."""
 
 
-def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray | None,
-          allowed: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """The textbook formulas with N x N arrays: (out,), or (out, dq, dk, dv) if `dout` is given."""
+def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *,
+          dout: np.ndarray | None = None, allowed: np.ndarray | None = None
+          ) -> tuple[np.ndarray, ...]:
+    """The textbook formulas with N x M arrays: (out,), and the gradients if `dout` is given.
+
+    Those are dq, dk, dv, and dbias where there is a bias, which is (1, H, N, M).
+    """
     shared = q.shape[-3] // k.shape[-3]
     kk, vv = (np.repeat(x, shared, axis=-3) for x in (k, v))
     scale = q.shape[-1] ** -0.5
     p = q @ kk.mT
     p *= scale
+    if bias is not None:
+        p += bias
     if allowed is not None:
         p = np.where(allowed, p, -np.inf)
     p -= p.max(axis=-1, keepdims=True)
@@ -42,11 +50,39 @@ def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray | None,
     ds = dout @ vv.mT
     ds -= (dout * out).sum(axis=-1, keepdims=True)
     ds *= p
+    dbias = () if bias is None else (ds.sum(axis=0, keepdims=True),)
     ds *= scale
     summed = (*k.shape[:-2], shared, *k.shape[-2:])
     dk = (ds.mT @ q).reshape(summed).sum(axis=-3)
     dv = (p.mT @ dout).reshape(summed).sum(axis=-3)
-    return out, ds @ kk, dk, dv
+    return out, ds @ kk, dk, dv, *dbias
+
+
+def judge(row: Row, inputs: Inputs, backward: bool, block: int = 512) -> tuple[np.ndarray, ...]:
+    """What `dense` gives in float64, a block of queries at a time, so that long rows fit."""
+    exact = {name: x.astype(np.float64) for name, x in inputs.items()}
+    q, k, v, dout = (exact[name] for name in ("q", "k", "v", "dout"))
+    bias = exact.get("bias")
+    first, end = row.seen()
+    out, dq, dk, dv = np.empty_like(q), np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+    dbias = None if bias is None else np.zeros_like(bias)
+    for start in range(0, row.length, block):
+        rows = slice(start, start + block)
+        keys = slice(first[:, rows].min(), end[:, rows].max())      # no other key is seen
+        result = dense(
+            q[..., rows, :], k[..., keys, :], v[..., keys, :],
+            None if bias is None else bias[..., rows, keys],
+            dout=dout[..., rows, :] if backward else None, allowed=row.allowed(rows, keys))
+        out[..., rows, :] = result[0]
+        if backward:
+            dq[..., rows, :] = result[1]
+            dk[..., keys, :] += result[2]
+            dv[..., keys, :] += result[3]
+            if dbias is not None:
+                dbias[..., rows, keys] = result[4]
+    if not backward:
+        return (out,)
+    return (out, dq, dk, dv) if dbias is None else (out, dq, dk, dv, dbias)
 
 
 def _numpy_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
@@ -54,9 +90,9 @@ def _numpy_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     acc = np.float64 if row.dtype == "float64" else np.float32
 
     def call() -> tuple[np.ndarray, ...]:
-        # NumPy multiplies bfloat16 matrices element by element: one converts, as here
-        q, k, v, dout = (x.astype(acc, copy=False) for x in inputs.values())
-        result = dense(q, k, v, dout if backward else None, allowed)
+        # NumPy multiplies matrices of 16-bit floats element by element: one converts, as here
+        *arguments, dout = (x.astype(acc, copy=False) for x in inputs.values())
+        result = dense(*arguments, dout=dout if backward else None, allowed=allowed)
         return tuple(x.astype(row.dtype, copy=False) for x in result)
 
     return call, lambda result: result
@@ -65,13 +101,16 @@ def _numpy_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
 def _pyattn_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     import pyattn
 
-    q, k, v, dout = inputs.values()
+    arguments: dict[str, Any] = {**inputs, **row.options}
+    dout = arguments.pop("dout")
+    if (mask := row.mask()) is not None:
+        arguments["mask"] = mask
 
     def forward() -> tuple[np.ndarray, ...]:
-        return (pyattn.attention(q, k, v, **row.options),)
+        return (pyattn.attention(**arguments),)
 
     def both() -> tuple[np.ndarray, ...]:
-        out, saved = pyattn.attention.forward(q, k, v, **row.options)
+        out, saved = pyattn.attention.forward(**arguments)
         return (out, *saved.backward(dout))
 
     return (both if backward else forward), lambda result: result
@@ -81,27 +120,95 @@ def _torch_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    dtype = getattr(torch, row.dtype)
-    wide = np.float64 if row.dtype == "float64" else np.float32
-    q, k, v, dout = (torch.from_numpy(x.astype(wide)).to(dtype) for x in inputs.values())
+    *arguments, dout = _torch_tensors(row, inputs)
+    q, k, v, *bias = arguments
     settings: dict[str, Any] = {"enable_gqa": row.groups != row.heads}
-    allowed = row.allowed()
-    if row.options == {"causal": True}:
+    if row.options == {"causal": True} and row.density is None and not bias:
         settings["is_causal"] = True
-    elif allowed is not None:
-        settings["attn_mask"] = torch.from_numpy(allowed)
+    elif bias and row.masked:
+        raise Unsupported("it takes a mask or a bias")
+    elif bias:
+        settings["attn_mask"] = bias[0]
+    elif row.masked:
+        settings["attn_mask"] = torch.from_numpy(row.allowed())
     if backward:
-        for x in (q, k, v):
+        for x in arguments:
             x.requires_grad_()
 
     def call() -> tuple[Any, ...]:
         out = scaled_dot_product_attention(q, k, v, **settings)
-        return (out, *torch.autograd.grad(out, (q, k, v), dout)) if backward else (out,)
+        return (out, *torch.autograd.grad(out, arguments, dout)) if backward else (out,)
 
-    def host(result: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
-        return tuple(x.detach().double().numpy() for x in result)
+    return call, _torch_to_host
 
-    return call, host
+
+def _flex_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
+    """FlexAttention, compiled for the row."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    *arguments, _ = _torch_tensors(row, inputs)
+    q, k, v, *bias = arguments
+    settings: dict[str, Any] = {"enable_gqa": row.groups != row.heads}
+    if row.masked:
+        settings["block_mask"] = create_block_mask(
+            _flex_mask(row), row.batch if "kv_lengths" in row.options else None, None,
+            row.length, row.key_length, device="cpu")
+    if bias:
+        settings["score_mod"] = lambda score, b, h, i, j: score + bias[0][0, h, i, j]
+    if backward:
+        for x in arguments:
+            x.requires_grad_()
+    torch._dynamo.reset()       # or the second shape would be compiled for any shape
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call() -> tuple[Any, ...]:
+        return (compiled(q, k, v, **settings),)
+
+    try:
+        call()
+    except RuntimeError as refused:     # no compiler, no such dtype, no backward
+        raise Unsupported(_first_sentence(refused)) from refused
+    if backward:
+        raise Unsupported("its backward on the CPU is not measured")
+    return call, _torch_to_host
+
+
+def _flex_mask(row: Row) -> Callable[..., Any]:
+    """The row's mask as FlexAttention's users write it: predicates, joined by and."""
+    import torch
+    from torch.nn.attention.flex_attention import and_masks
+
+    parts: list[Callable[..., Any]] = []
+    if row.options.get("causal"):
+        parts.append(lambda b, h, i, j: i >= j)
+    if "window" in row.options:
+        reach = row.options["window"]
+        parts.append(lambda b, h, i, j: (i - j <= reach) & (j - i <= reach))
+    if "kv_lengths" in row.options:
+        lengths = torch.tensor(row.options["kv_lengths"])
+        parts.append(lambda b, h, i, j: j < lengths[b])
+    if (mask := row.mask()) is not None:
+        table = torch.from_numpy(mask)
+        parts.append(lambda b, h, i, j: table[i, j])
+    return and_masks(*parts)
+
+
+def _first_sentence(error: Exception) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.partition(". ")[0].rstrip(".")
+
+
+def _torch_tensors(row: Row, inputs: Inputs) -> list[Any]:
+    import torch
+
+    wide = np.float64 if row.dtype == "float64" else np.float32
+    dtype = getattr(torch, row.dtype)
+    return [torch.from_numpy(x.astype(wide)).to(dtype) for x in inputs.values()]
+
+
+def _torch_to_host(result: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(x.detach().double().numpy() for x in result)
 
 
 def _jax_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
@@ -109,30 +216,38 @@ def _jax_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     import jax.numpy as jnp
 
     jax.config.update("jax_enable_x64", True)
-    # (B, N, H, D) is JAX's own layout
-    q, k, v, dout = (jnp.asarray(np.swapaxes(x, 1, 2)) for x in inputs.values())
+    # (B, N, H, D) is JAX's own layout, but for the bias
+    *arguments, dout = (jnp.asarray(x if name == "bias" else np.swapaxes(x, 1, 2))
+                        for name, x in inputs.items())
     settings: dict[str, Any] = {"is_causal": row.options.get("causal", False)}
     if "window" in row.options:
         settings["local_window_size"] = (row.options["window"],) * 2
     if "kv_lengths" in row.options:
         settings["key_value_seq_lengths"] = jnp.asarray(row.options["kv_lengths"], jnp.int32)
+    if (mask := row.mask()) is not None:
+        settings["mask"] = jnp.asarray(mask[None, None])
 
-    def attention(q: Any, k: Any, v: Any) -> Any:
-        return jax.nn.dot_product_attention(q, k, v, **settings)
+    def attention(*arguments: Any) -> Any:
+        return jax.nn.dot_product_attention(*arguments, **settings)
 
-    @jax.jit
-    def both(q: Any, k: Any, v: Any, dout: Any) -> tuple[Any, ...]:
-        out, back = jax.vjp(attention, q, k, v)
+    def both(dout: Any, *arguments: Any) -> tuple[Any, ...]:
+        out, back = jax.vjp(attention, *arguments)
         return (out, *back(dout))
 
-    forward = jax.jit(attention)
+    if backward:
+        arguments = [dout, *arguments]
+    compiled = jax.jit(both if backward else lambda *arguments: (attention(*arguments),))
+    try:
+        compiled = compiled.lower(*arguments).compile()
+    except ValueError as refused:       # no float16 on the CPU
+        raise Unsupported(_first_sentence(refused)) from refused
 
     def call() -> tuple[Any, ...]:
-        result = both(q, k, v, dout) if backward else (forward(q, k, v),)
-        return jax.block_until_ready(result)
+        return jax.block_until_ready(compiled(*arguments))
 
     def host(result: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
-        return tuple(np.swapaxes(np.asarray(x), 1, 2) for x in result)
+        swapped = tuple(np.swapaxes(np.asarray(x), 1, 2) for x in result[:4])
+        return (*swapped, *(np.asarray(x) for x in result[4:]))
 
     return call, host
 
@@ -141,27 +256,78 @@ RIVALS: dict[str, dict[str, Callable[[Row, Inputs, bool], Rival]]] = {
     "attention": {
         "pyattn": _pyattn_attention,
         "torch": _torch_attention,
+        "flex": _flex_attention,
         "jax": _jax_attention,
         "numpy": _numpy_attention,
     },
 }
 """By function and by the name that `Row.rivals` uses."""
 
-JUDGES = {"attention": dense}
-"""The formulas that every rival's result is held against, in float64, before it is timed."""
+JUDGES = {"attention": judge}
+"""What every rival's result is held against, in float64, before it is timed."""
+
+
+def _numpy_gemm(dtype: str, x: np.ndarray) -> Callable[[], Any]:
+    # of 16-bit floats NumPy has no product worth the name: the float32 one is what is to be had
+    a = x.astype("float32" if np.dtype(dtype).itemsize == 2 else dtype)
+    return lambda: a @ a
+
+
+def _torch_gemm(dtype: str, x: np.ndarray) -> Callable[[], Any]:
+    import torch
+
+    a = torch.from_numpy(x).to(getattr(torch, dtype))
+    return lambda: a @ a
+
+
+GEMMS: dict[str, Callable[[str, np.ndarray], Callable[[], Any]]] = {
+    "numpy": _numpy_gemm,
+    "torch": _torch_gemm,
+}
+"""By library: from a dtype and a float64 matrix, its product with itself in that dtype. One that
+has none raises Unsupported, or ImportError where the library is missing."""
 
 
 def gemms(dtype: str, size: int = 1024) -> dict[str, Callable[[], Any]]:
     """Square matrix products of `dtype`, by library: what the machine can do."""
     x = np.random.default_rng(0).standard_normal((size, size), dtype=np.float64)
-    products: dict[str, Callable[[], Any]] = {}
-    if dtype != "bfloat16":
-        a = x.astype(dtype)
-        products["numpy"] = lambda: a @ a
-    try:
-        import torch
-    except ImportError:
-        return products
-    b = torch.from_numpy(x).to(getattr(torch, dtype))
-    products["torch"] = lambda: b @ b
-    return products
+    return _those_here({name: functools.partial(prepare, dtype, x)
+                        for name, prepare in GEMMS.items()})
+
+
+def _numpy_sum(x: np.ndarray) -> Callable[[], Any]:
+    return functools.partial(np.add.reduce, x)
+
+
+def _numpy_dot(x: np.ndarray) -> Callable[[], Any]:
+    return functools.partial(np.dot, x, x)
+
+
+def _torch_sum(x: np.ndarray) -> Callable[[], Any]:
+    import torch
+
+    return torch.from_numpy(x).sum
+
+
+READERS: dict[str, Callable[[np.ndarray], Callable[[], Any]]] = {
+    "numpy sum": _numpy_sum,
+    "numpy dot": _numpy_dot,
+    "torch sum": _torch_sum,
+}
+
+
+def reads(nbytes: int) -> dict[str, Callable[[], Any]]:
+    """Streaming reads of an array of that size, by reader: how fast memory can be read."""
+    x = np.ones(nbytes // 4, np.float32)
+    return _those_here({name: functools.partial(prepare, x) for name, prepare in READERS.items()})
+
+
+def _those_here(prepared: dict[str, Callable[[], Callable[[], Any]]]
+                ) -> dict[str, Callable[[], Any]]:
+    here = {}
+    for name, prepare in prepared.items():
+        try:
+            here[name] = prepare()
+        except (ImportError, Unsupported):
+            continue
+    return here

@@ -1,15 +1,19 @@
 """Which library an array is from, what its dtype is called, and how it gets to the host.
 
 No array library but NumPy is imported here: a CuPy or torch array can only exist once its library
-has been imported by whoever made it.
+has been imported by whoever made it. Plain NumPy arrays are told by their type alone: asking
+array-api-compat takes longer than a small attention.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import array_api_compat
+import array_api_compat.numpy as numpy_namespace
 import numpy as np
 
 from .checks import BackendError, DtypeError
@@ -18,19 +22,39 @@ Array = Any
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
+_NUMPY = {np.ndarray}
+
+
+def _all_numpy(given: Iterable[Array | None]) -> bool:
+    """Whether these are NumPy's own arrays, and perhaps None."""
+    kinds = set(map(type, given))
+    kinds.discard(type(None))
+    return kinds == _NUMPY
+
 
 def dtype_name(x: Array) -> str:
     """'float32' for NumPy's, CuPy's, torch's, JAX's and ml_dtypes' dtypes alike."""
-    return str(x.dtype).rpartition(".")[2]
+    return _numpy_name(x.dtype) if type(x) is np.ndarray else _name(x.dtype)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+_numpy_name = functools.lru_cache(64)(_name)
 
 
 def library(x: Array) -> str:
     """The name of the array library: 'numpy', 'cupy', 'torch', 'jax', 'array_api_strict', ..."""
+    if type(x) is np.ndarray:
+        return "numpy"
     return namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
 
 
 def namespace(*arrays: Array) -> Any:
     """The array-API namespace that all `arrays` share; None entries are passed over."""
+    if _all_numpy(arrays):
+        return numpy_namespace
     given = [x for x in arrays if x is not None]
     for x in given:
         if isinstance(x, np.ma.MaskedArray | np.matrix):
@@ -47,6 +71,8 @@ def namespace(*arrays: Array) -> Any:
 
 def require_same_device(named: dict[str, Array]) -> None:
     """Raise BackendError unless all arrays live on one device; nothing is ever moved silently."""
+    if _all_numpy(named.values()):
+        return
     devices = {name: array_api_compat.device(x) for name, x in named.items() if x is not None}
     if len({str(device) for device in devices.values()}) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -95,8 +121,15 @@ def from_host(xp: Any, x: np.ndarray, device: Any = None) -> Array:
     return xp.asarray(x, device=device)
 
 
+def reshape(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` in `shape`, a view where that is possible; for NumPy by the method, which is faster."""
+    return x.reshape(shape) if type(x) is np.ndarray else xp.reshape(x, shape)
+
+
 def cast(xp: Any, x: Array, dtype: Any) -> Array:
     """`x` in `dtype`; what is too large for a 16-bit float becomes inf without a warning."""
+    if x.dtype == dtype:
+        return x
     with np.errstate(over="ignore"):
         return xp.astype(x, dtype, copy=False)
 

@@ -47,10 +47,12 @@ def require_real(name: str, value: Any) -> float:
 
 def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """Return `value` if it is one of `choices` (True is not 1 here), or raise OptionError."""
+    for choice in choices:
+        if value is choice:
+            return value
     if type(value).__module__ == "numpy" and not getattr(value, "ndim", 1):
         value = value.item()
-    if not any(value is choice or (type(value) is type(choice) and value == choice)
-               for choice in choices):
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         wanted = ", ".join(map(repr, choices))
         raise OptionError(f"{name} must be one of {wanted}; got {value!r}")
     return value
@@ -59,6 +61,8 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
 def require_broadcast(name: str, shape: tuple[int, ...], target: tuple[int, ...],
                       axes: str) -> None:
     """Raise ShapeError unless `shape` broadcasts to exactly `target`, whose axes are `axes`."""
+    if shape == target:
+        return
     own = tuple(shape)[::-1]
     pairs = zip(own, tuple(target)[::-1], strict=False)
     if len(own) > len(target) or any(size not in (1, wanted) for size, wanted in pairs):

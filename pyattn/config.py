@@ -53,7 +53,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
 
     Notes
     -----
-    Imports Numba, so the first call takes a moment.
+    Imports what the backends need, so the first call takes a moment.
 
     Examples
     --------
@@ -132,25 +132,22 @@ def _threads() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, str]:
-    """Where Numba keeps compiled kernels: its own rule, spelled out."""
-    from numba.misc.appdirs import AppDirs
+    from .kernels.cpu.compile import cache_folder
 
-    from .kernels import cpu
-
-    beside = Path(cpu.__path__[0])
-    folder = os.environ.get("NUMBA_CACHE_DIR") or (
-        beside / "__pycache__" if os.access(beside, os.W_OK)
-        else AppDirs(appname="numba", appauthor=False).user_cache_dir)
-    return {"compiled kernels": str(folder)}
+    return {"compiled kernels": str(cache_folder() or "nowhere: there is no home directory")}
 
 
 def _cpu() -> dict[str, Any]:
     import llvmlite.binding as llvm
 
+    from .kernels.cpu import host
+
     features = llvm.get_host_cpu_features()
     return {"name": _cpu_name(),
             "architecture": f"{platform.machine()}, {llvm.get_host_cpu_name()}",
-            "vector features": [name for name in VECTOR_FEATURES if features.get(name)]}
+            "vector features": [name for name in VECTOR_FEATURES if features.get(name)],
+            "vector width": f"{8 * host.vector_bytes()} bits",
+            "bfloat16 products": host.dot_product() or "in float32"}
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -85,14 +86,15 @@ def kernel(engine: str, problem: Any, array: Any) -> Any:
         if module is not None:
             reason = module.refuses(problem)
             if reason is None:
-                _record(Choice(engine, found, name, passed_over))
+                _record(engine, found, name, passed_over)
                 return module
         passed_over[name] = reason
-    _record(Choice(engine, found, None, passed_over))
+    _record(engine, found, None, passed_over)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise BackendError(f"no backend can run {engine} on {found} arrays: {reasons}")
 
 
+@functools.cache
 def _load(engine: str, backend: str) -> tuple[Any, str]:
     name = f"pyattn.kernels.{backend}.{engine}"
     if importlib.util.find_spec(name) is None:
@@ -100,9 +102,9 @@ def _load(engine: str, backend: str) -> tuple[Any, str]:
     return importlib.import_module(name), ""
 
 
-def _record(choice: Choice) -> None:
+def _record(engine: str, library: str, backend: str | None, passed_over: dict[str, str]) -> None:
     for recorder in _recorders.get():
-        recorder.append(choice)
+        recorder.append(Choice(engine, library, backend, passed_over))
 
 
 @dataclasses.dataclass(frozen=True)

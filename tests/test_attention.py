@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import pickle
 
@@ -766,6 +767,147 @@ def test_bad_gradients_are_named():
         saved.backward(out.astype("f8"))
     with pytest.raises(pyattn.ShapeError, match="dlse must have the shape of lse"):
         saved.backward(out, out)
+
+
+# what calls share
+
+
+def test_a_refusal_is_not_forgotten():
+    """Checks that were passed, or failed, once are made again for what looks alike."""
+    for _ in range(2):
+        with pytest.raises(pyattn.ShapeError, match="k has width 7"):
+            pyattn.attention(X, X[..., :7], X)
+    pyattn.attention(X, X, X, window=1, softcap=1, scale=1)
+    with pytest.raises(pyattn.OptionError, match=r"window must be an integer; got 1\.0"):
+        pyattn.attention(X, X, X, window=1.0)
+    with pytest.raises(pyattn.OptionError, match="causal must be one of"):
+        pyattn.attention(X, X, X, causal=0)
+    with pytest.raises(pyattn.DtypeError, match=r"q must be one of .* got >f4"):
+        pyattn.attention(X.astype(">f4"), X, X)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calls_of_one_shape_do_not_mix_up_their_options(backend):
+    k = draw(2, 4, 9, 8)
+    options = [
+        {},
+        {"causal": True},
+        {"causal": "top_left"},
+        {"causal": True, "window": 2},
+        {"window": 2},
+        {"scale": 0.5},
+        {"kv_lengths": 7},
+        {"kv_lengths": [5, 9]},
+        {"kv_lengths": [5, 9], "causal": True},
+        {"segments": ([2, 4], [3, 6])},
+    ]
+    alone = []
+    with pyattn.use_backend(backend):
+        for option in options:
+            pyattn.engines.placement._unpadded.cache_clear()
+            pyattn.engines.softmax._filled.cache_clear()
+            alone.append(pyattn.attention(X, k, k, **option))
+        together = [pyattn.attention(X, k, k, **option) for option in options]
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len({x.tobytes() for x in alone}) == len(options)
+
+
+def test_what_calls_share_is_read_only():
+    problems = []
+    for x in (X, X[0], np.broadcast_to(X, (3, *X.shape))):
+        _, saved = pyattn.attention.forward(x, x, x)
+        problems.append(pyattn.engines.softmax._problem(saved))
+        again = pyattn.engines.softmax._problem(saved)
+        assert again.scale is problems[-1].scale
+        assert again.q_lengths is problems[-1].q_lengths
+    for problem in problems:
+        for shared in (problem.scale, problem.q_lengths, problem.kv_lengths):
+            assert not shared.flags.writeable
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            problem.softcap = 1.0
+
+
+def test_saved_holds_no_compiled_mask():
+    out, saved = pyattn.attention.forward(X, X, X, causal=True)
+    saved.backward(out)
+    text = pickle.dumps(saved)
+    assert b"BlockMask" not in text
+    assert b"Problem" not in text
+    names = {field.name for field in dataclasses.fields(saved)}
+    assert set(vars(saved)) == names
+    again = dataclasses.replace(saved, softcap=1.0)
+    assert again.softcap == 1.0
+    assert again.q is saved.q
+
+
+# what an engine asks of a kernel module
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float64, np.float16, BFLOAT16], ids=lambda d: np.dtype(d).name
+)
+def test_delta(backend, dtype):
+    delta = importlib.import_module(f"pyattn.kernels.{backend}.softmax").delta
+    acc = np.float64 if dtype == np.float64 else np.float32
+    for n, width in ((1, 1), (16, 64), (70, 33)):
+        dout, out = (draw(2, 3, n, 2 * width, seed=seed).astype(dtype) for seed in (1, 2))
+        lse, dlse = (draw(2, 3, n, seed=seed).astype(acc) for seed in (3, 4))
+        dout = dout[..., ::2]
+        out = np.swapaxes(np.swapaxes(out, 1, 2).copy(), 1, 2)[..., 1::2]
+        blind = draw(2, 3, n, seed=5) > 0.5
+        dout[blind], dlse[blind], lse[blind] = np.nan, np.nan, -np.inf
+        exact = (dout.astype("f8") * out.astype("f8")).sum(-1)
+        for given_, want in ((None, exact), (dlse, exact - dlse)):
+            got = delta(dout, out, lse, given_)
+            assert got.dtype == acc
+            assert got.shape == lse.shape
+            np.testing.assert_array_equal(got[blind], 0)
+            np.testing.assert_allclose(
+                got, np.where(blind, 0, want), rtol=0, atol=64 * width * np.finfo(acc).eps
+            )
+
+
+def test_results_in_the_dtype_of_the_argument_are_passed_on(monkeypatch):
+    """A kernel may round by itself; then nothing is copied. Gradients to be summed are not."""
+    from pyattn.kernels.array_api import softmax
+
+    made, sums = {}, []
+    forward, backward = softmax.forward, softmax.backward
+
+    def rounded_forward(problem):
+        out, lse = forward(problem)
+        made["out"] = out.astype(problem.q.dtype)
+        return made["out"], lse
+
+    def rounded_backward(problem, *args):
+        sums.append(problem.summed)
+        grads = backward(problem, *args)
+        for name in {"q", "k", "v"} - set(problem.summed):
+            grads[name] = made[name] = grads[name].astype(problem.q.dtype)
+        return grads
+
+    q, k, v = (draw(2, 3, 5, 8, seed=seed).astype(BFLOAT16) for seed in range(3))
+    results = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(softmax, "forward", rounded_forward)
+            monkeypatch.setattr(softmax, "backward", rounded_backward)
+        with pyattn.use_backend("array_api"):
+            for keys in (k, k[0], k[:1]):
+                out, saved = pyattn.attention.forward(q, keys, v)
+                grads = saved.backward(v)
+                results.append((out, *grads))
+                if patched:
+                    assert np.shares_memory(out, made["out"])
+                    assert np.shares_memory(grads.q, made["q"])
+                    assert np.shares_memory(grads.v, made["v"])
+    assert sums == [(), ("k",), ("k",)]
+    for plain, rounded in zip(results[:3], results[3:], strict=True):
+        for a, b in zip(plain, rounded, strict=True):
+            assert a.dtype == b.dtype == BFLOAT16
+            np.testing.assert_array_equal(a, b)
 
 
 # which backend

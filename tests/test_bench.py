@@ -11,8 +11,18 @@ import pytest
 
 from bench import harness, rivals
 from bench.harness import Spread
-from bench.report import markdown, plot
+from bench.report import markdown, plot, target_table
 from bench.rows import ROWS, Row
+from bench.targets import (
+    BACKWARD,
+    FORWARD,
+    GROWTH,
+    MACHINE,
+    MICROSECONDS,
+    TARGETS,
+    Target,
+    reached,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +120,9 @@ def test_turns_alternate_and_their_order_rotates():
 def test_beyond_the_machines_own_product_is_questioned(monkeypatch):
     """More than 100% of GEMM means that GEMM was held back, not that attention is that fast."""
     found = measured(monkeypatch, planted(lambda result: result))
-    rate = found.gflops("pyattn")
-    assert "Above 100%" not in markdown([dataclasses.replace(found, gemm=2 * rate)], threads=1)
-    assert "Above 100%" in markdown([dataclasses.replace(found, gemm=rate / 2)], threads=1)
+    for share, questioned in ((0.5, False), (2.0, True)):
+        found.share = Spread.of([share])
+        assert ("Above 100%" in markdown([found], threads=1)) == questioned
 
 
 def test_variables_that_were_taken_away_are_told(monkeypatch):
@@ -123,34 +133,259 @@ def test_variables_that_were_taken_away_are_told(monkeypatch):
 
 def test_flops_count_allowed_pairs():
     dense = Row("dense", 2, 100, 16, "float32")
-    assert dense.flops(backward=False) == 2 * 2 * 16 * 2 * 100 * 100
-    assert dense.flops(backward=True) == 3.5 * dense.flops(backward=False)
+    assert dense.work(backward=False) == 2 * 2 * 16 * 2 * 100 * 100
+    assert dense.work(backward=True) == 3.5 * dense.work(backward=False)
     causal = dataclasses.replace(dense, options={"causal": True})
-    assert causal.flops(False) / dense.flops(False) == 101 / 200
+    assert causal.work(False) / dense.work(False) == 101 / 200
     window = dataclasses.replace(dense, options={"causal": True, "window": 1})
-    assert window.flops(False) / dense.flops(False) == 199 / 10000
+    assert window.work(False) / dense.work(False) == 199 / 10000
     padded = dataclasses.replace(dense, batch=2, options={"kv_lengths": (100, 50)})
-    assert padded.flops(False) / dense.flops(False) == 1.5
+    assert padded.work(False) / dense.work(False) == 1.5
 
 
-@pytest.mark.parametrize("row", [
-    dataclasses.replace(row, length=130, options=row.options | (
-        {"kv_lengths": (130, 65)} if "kv_lengths" in row.options else {}))
-    for row in ROWS if row.length == 512 and row.width == 64
-    and (row.dtype == "float32" or row.pattern == "causal")], ids=lambda row: row.name)
-@pytest.mark.parametrize("rival", rivals.RIVALS["attention"])
+@pytest.mark.parametrize("options", [
+    {"causal": True}, {"window": 3}, {"causal": True, "window": 3}, {"kv_lengths": (21, 9)}])
+def test_pairs_and_parts_of_the_mask_agree_with_the_mask(options):
+    row = Row("any", 1, 7, 8, "float32", options, batch=2, keys=21)
+    allowed = row.allowed()
+    i = np.arange(7)[:, None] + np.reshape(options.get("kv_lengths", 21), (-1, 1, 1, 1)) - 7
+    j = np.arange(21)
+    predicate = j < i + 7 - np.arange(7)[:, None]
+    if "causal" in options:
+        predicate = predicate & (j <= i)
+    if "window" in options:
+        predicate = predicate & (abs(i - j) <= options["window"])
+    assert np.array_equal(allowed, predicate)
+    assert row.pairs() == allowed.sum() / len(allowed)
+    assert np.array_equal(row.allowed(slice(2, 5), slice(4, 20)), allowed[..., 2:5, 4:20])
+
+
+def test_a_boolean_mask_counts_its_pairs():
+    row = Row("boolean mask", 1, 64, 8, "float32", density=0.5)
+    assert 0.4 < row.pairs() / 64**2 < 0.6
+    assert row.pairs() == row.mask().sum()
+
+
+def small(row):
+    """The same kind of problem in a size for tests, with a window that still matters."""
+    short = harness.shortened(row, 70)
+    options = short.options | ({"window": 20} if "window" in short.options else {})
+    return dataclasses.replace(short, options=options, batch=min(row.batch, 2))
+
+
+def kind(row):
+    """What makes two rows different problems, but for their size."""
+    return (tuple(row.options), row.kv_heads is None, row.keys is None, row.density, row.bias,
+            row.batch > 1, row.dtype)
+
+
+KINDS = list({kind(row): small(row) for row in reversed(ROWS)
+              if (row.dtype == "float32" and not row.forward_only) or row.pattern == "causal"
+              or (row.forward_only and row.kv_heads and row.dtype == "bfloat16")
+              or (row.dtype == "bfloat16" and row.bias)}.values())
+
+
+@pytest.mark.parametrize("row", KINDS, ids=lambda row: row.name)
+def test_the_judge_by_blocks_is_the_formulas_at_once(row):
+    inputs = row.inputs()
+    *arguments, dout = (x.astype(np.float64) for x in inputs.values())
+    whole = rivals.dense(*arguments, dout=dout, allowed=row.allowed())
+    assert harness.difference(rivals.judge(row, inputs, True, block=32), whole) < 1e-13
+    assert harness.difference(rivals.judge(row, inputs, False, block=32), whole[:1]) < 1e-13
+
+
+@pytest.mark.parametrize(("rival", "row"), [
+    pytest.param(rival, row, id=f"{rival}-{row.name}")
+    for rival in ("pyattn", "torch", "jax", "numpy") for row in KINDS
+    if rival != "jax" or row.dtype == "float32" or row.forward_only])
 @pytest.mark.filterwarnings("ignore")
-def test_every_rival_computes_every_row(row, rival):
-    q, k, v, dout = (x.astype(np.float64) for x in row.inputs().values())
-    right = rivals.dense(q, k, v, dout, row.allowed())
+def test_every_rival_computes_every_row(rival, row):
+    backward = not row.forward_only
+    right = rivals.judge(row, row.inputs(), backward)
     try:
-        call, host = rivals.RIVALS["attention"][rival](row, row.inputs(), True)
-    except ImportError as missing:
-        pytest.skip(str(missing))
-    # JAX's attention takes the softmax of float64 in float32: reported, and not timed
-    tolerance = 1e-5 if rival == "jax" else 0
-    error = harness.difference(host(call()), right)
-    assert error <= max(harness.TOLERANCE[row.dtype], tolerance)
+        call, host = rivals.RIVALS["attention"][rival](row, row.inputs(), backward)
+    except (ImportError, rivals.Unsupported) as absent:
+        pytest.skip(str(absent))
+    assert harness.difference(host(call()), right) <= harness.TOLERANCE[row.dtype]
+
+
+BIASED = dataclasses.replace(ROW, pattern="bias", options={}, bias=True, batch=2)
+
+
+def test_a_wrong_gradient_of_the_bias_is_not_timed(monkeypatch):
+    table = rivals.RIVALS["attention"]
+    monkeypatch.setitem(table, "planted", planted(wrong_gradient))
+    found = harness.measure(BIASED, True, seconds=0.0, memory=False)
+    assert "planted" not in found.seconds
+    assert found.errors["planted"] == pytest.approx(1e-3, rel=0.1)
+    assert found.errors["pyattn"] < 1e-5
+    monkeypatch.setitem(table, "planted", planted(lambda result: result))
+    assert "planted" in harness.measure(BIASED, True, seconds=0.0, memory=False).seconds
+
+
+def test_a_rival_that_returns_no_gradient_of_the_bias_is_an_error(monkeypatch):
+    monkeypatch.setitem(rivals.RIVALS["attention"], "planted", planted(lambda result: result[:-1]))
+    with pytest.raises(ValueError, match="zip"):
+        harness.measure(BIASED, True, seconds=0.0, memory=False)
+
+
+def test_a_rival_is_left_out_with_its_reason(monkeypatch):
+    monkeypatch.setitem(rivals.RIVALS["attention"], "planted", None)   # would fail if called
+    row = dataclasses.replace(ROW, without={"planted": "it takes minutes"})
+    found = harness.measure(row, False, seconds=0.0, memory=False)
+    assert found.absent == {"planted": "it takes minutes"}
+
+
+def timed_as(monkeypatch, **seconds):
+    """Let every turn of `measure` take these times, whatever it really takes."""
+    monkeypatch.setattr(harness, "alternate", lambda calls, *_, **__: {
+        name: [seconds[name], 2 * seconds[name]] for name in calls})
+
+
+def test_the_share_of_the_machines_own_product(monkeypatch):
+    timed_as(monkeypatch, pyattn=1e-6, machine=1.0)
+    row = Row("dense", 1, 10, 5, "float32", rivals=("pyattn",))
+    found = harness.measure(row, False, memory=False)
+    assert found.rate("pyattn") == pytest.approx(2 * 2 * 5 * 100 / 1.5e-6)
+    assert found.machine == pytest.approx(2 * 1024**3 / 1.5)
+    assert found.share.median == pytest.approx(found.rate("pyattn") / found.machine)
+
+
+def test_decoding_is_compared_with_a_read_of_the_cache(monkeypatch):
+    timed_as(monkeypatch, pyattn=4.0, machine=3.0)
+    row = Row("decode", 4, 1, 16, "float32", kv_heads=2, keys=512, forward_only=True,
+              limit="read", rivals=("pyattn",))
+    assert row.work(False) == 2 * 2 * 512 * 16 * 4
+    found = harness.measure(row, False, memory=False)
+    assert found.share == Spread(0.75, 0.75, 0.75)
+    assert found.machine == row.work(False) / 4.5
+    line = next(line for line in markdown([found], threads=1).splitlines() if "M=512" in line)
+    assert "GB/s | 75% |" in line
+    assert "GFLOP/s" not in line
+
+
+def test_reads_read_every_byte():
+    calls = rivals.reads(4096)
+    assert {name: float(call()) for name, call in calls.items()} == dict.fromkeys(calls, 1024.0)
+
+
+def test_the_fastest_is_chosen():
+    made = []
+    calls = {name: lambda name=name, seconds=seconds: (made.append(name), time.sleep(seconds))
+             for name, seconds in {"slow": 0.02, "fast": 0.01, "hopeless": 0.5}.items()}
+    assert harness.fastest(calls) is calls["fast"]
+    assert made.count("hopeless") == 1, "what is slower by far is not worth another call"
+    assert made.count("slow") == made.count("fast") > 1
+
+
+def test_a_gemm_that_a_library_lacks_is_left_out(monkeypatch):
+    def lacking(dtype, x):
+        raise rivals.Unsupported("no such product")
+
+    monkeypatch.setitem(rivals.GEMMS, "ours", lacking)
+    assert "ours" not in rivals.gemms("bfloat16", 8)
+    monkeypatch.setitem(rivals.GEMMS, "ours", lambda dtype, x: lambda: x @ x)
+    assert "ours" in rivals.gemms("bfloat16", 8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_says_why_it_cannot(monkeypatch):
+    torch = pytest.importorskip("torch")
+    prepare = rivals.RIVALS["attention"]["flex"]
+    # refused before anything is compiled, so this is quick
+    with pytest.raises(rivals.Unsupported, match=r"backward on CPU$"):
+        prepare(ROW, ROW.inputs(), True)
+
+    def uncompiled(function, **settings):
+        def call(*arguments, **options):
+            raise RuntimeError("\nNo working C++ compiler found. Install one.\nTraceback: ...")
+        return call
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    found = harness.measure(dataclasses.replace(ROW, rivals=("numpy", "flex")), False,
+                            seconds=0.0, memory=False)
+    assert found.absent == {"flex": "No working C++ compiler found"}
+    assert "flex: No working" in markdown([found], threads=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_computes_what_is_asked(monkeypatch):
+    """Not compiled, which is slow and warns, but the same function."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    row = dataclasses.replace(ROW, options={"causal": True, "window": 5}, bias=True)
+    call, host = rivals.RIVALS["attention"]["flex"](row, row.inputs(), False)
+    error = harness.difference(host(call()), rivals.judge(row, row.inputs(), False))
+    assert error <= harness.TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("options", [{"causal": True, "window": 5}, {"kv_lengths": (40, 13)}])
+def test_the_mask_that_flex_attention_is_given(options):
+    torch = pytest.importorskip("torch")
+    row = dataclasses.replace(ROW, options=options, batch=2, density=0.7)
+    predicate = rivals._flex_mask(row)
+    b, i, j = torch.meshgrid(torch.arange(2), torch.arange(40), torch.arange(40), indexing="ij")
+    allowed = np.broadcast_to(row.allowed(), (2, 1, 40, 40))[:, 0]
+    assert np.array_equal(predicate(b, 0, i, j).numpy(), allowed)
+
+
+def measurement(row, backward, first, share=None, **others):
+    """What `measure` might have found: times of one call, by rival."""
+    times = {"pyattn": first, **others}
+    return harness.Measurement(
+        row, backward, seconds={name: Spread.of([value]) for name, value in times.items()},
+        ratios={name: Spread.of([value / first]) for name, value in others.items()},
+        machine=1e9, share=None if share is None else Spread.of([share]))
+
+
+def test_the_worst_row_decides_whether_a_target_is_reached():
+    rows = [Row(f"dense {n}", 1, n, 8, "float32") for n in (10, 20)]
+    found = [measurement(rows[0], False, 1.0, torch=1.5),
+             measurement(rows[1], False, 1.0, torch=1.0),
+             measurement(rows[1], True, 1.0, torch=0.1)]
+    target = Target("torch", "dense.*", FORWARD, 1.2, 1.4)
+    assert [spread.median for spread in reached(target, found).values()] == [1.5, 1.0]
+    table = target_table([target], found, threads=1)
+    assert "| short | 2 | dense 20, N=20, D=8, float32 |" in table
+    assert "| met | 1 |" in target_table([target], found[:1], threads=1)
+    assert "not measured" in target_table([target], [], threads=1)
+
+
+def test_targets_of_which_less_is_better():
+    rows = [Row("window", 1, n, 8, "float32") for n in (100, 400)]
+    found = [measurement(rows[0], False, 1e-6), measurement(rows[1], False, 8e-6)]
+    growth = Target("growth", "window.*", FORWARD, 1.1, 1.0, GROWTH)
+    assert [spread.median for spread in reached(growth, found).values()] == [pytest.approx(2)]
+    assert "| short |" in target_table([growth], found, threads=1)
+    assert reached(growth, found[:1]) == {}
+    time_of_a_call = Target("call", "window.*", FORWARD, 10, 5, MICROSECONDS)
+    assert "8.0 | met | 2 | window, N=400" in target_table([time_of_a_call], found, threads=1)
+
+
+def test_the_backward_alone_is_the_difference_of_the_passes():
+    row = Row("dense", 1, 1000, 50, "float32")      # 0.2 GFLOP forward, 0.5 backward
+    found = [measurement(row, False, 0.4, share=0.5), measurement(row, True, 1.0, share=0.7)]
+    target = Target("GEMM", "dense.*", BACKWARD, 0.85, 0.9, MACHINE)
+    [value] = reached(target, found).values()
+    assert value.median == pytest.approx(0.5 / 0.6)     # the machine does 1 GFLOP/s
+    assert reached(target, found[1:]) == {}
+    [value] = reached(dataclasses.replace(target, steps=FORWARD), found).values()
+    assert value.median == 0.5
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.text}, {target.steps}")
+def test_the_short_set_has_a_row_for_each_target(target):
+    rows = [row for row in ROWS if row.quick and target.speaks_of(row)
+            and target.backward in row.passes]
+    assert len(rows) >= (2 if target.against == GROWTH else 1)
+    if target.against not in (GROWTH, MACHINE, MICROSECONDS):
+        assert any(target.against in row.rivals and target.against not in row.without
+                   for row in rows)
+
+
+def test_names_tell_rows_apart():
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
 
 
 def test_peak_memory_counts_what_numpy_allocates():

@@ -182,6 +182,16 @@ def _step(slab: Slab, i: slice, j: slice, bits: np.ndarray | None, dout: Array, 
     return Step(s, p_out, ds, dgate, draw, xp.broadcast_to(met, p.shape))
 
 
+def delta(dout: Array, out: Array, lse: Array, dlse: Array | None) -> Array:
+    """Return rowsum(dout * out) - dlse, and 0 in rows that see no key."""
+    xp, acc = namespace(dout), lse.dtype
+    with np.errstate(all="ignore"):
+        found = xp.sum(xp.astype(dout, acc) * xp.astype(out, acc), axis=-1)
+        if dlse is not None:
+            found = found - dlse
+        return xp.where(lse != -math.inf, found, 0.0)
+
+
 def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
     """Gradients of q, k, v, scale, and of bias, gate and offsets where given."""
     xp = namespace(problem.q)

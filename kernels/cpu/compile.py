@@ -1,41 +1,175 @@
-"""The compiler's decorators: Numba without the GIL, cached on disk, and never stale.
+"""Kernels as functions of the C kind, compiled once and kept on disk.
 
-Numba's cache looks only at the file a function is written in, so a helper edited in another file
-would leave its callers with the old code. Every compiled function therefore carries a hash of all
-sources of this folder in its name.
+Numba is needed only to compile: what it makes is object code that LLVM loads by itself, so a
+process that finds all its kernels in the cache never imports Numba. An entry belongs to one kernel
+of one kind; the name of its folder tells the sources, the versions of Numba and LLVM, and the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
+import llvmlite
+import llvmlite.binding as llvm
+
+from . import host
+
+KINDS = {"float32": ("float32", "float32"), "float64": ("float64", "float64"),
+         "bfloat16": ("float32", "uint16")}
+"""The dtypes of a kind's two tags, `unit` and `operand`."""
+
+ENTRY = "pyattn_kernel"
+"""What object code calls its function."""
+
+CACHE_VARIABLE = "PYATTN_CACHE_DIR"
+DIGEST_BYTES = 32
+ROOT = 0
+WRITABLE_BY_OTHERS = 0o022
+SOURCES = Path(__file__).parent
+
+_lock = threading.RLock()
+_loaded: dict[tuple[str, str], Callable[..., None]] = {}
 
 
-@functools.cache
-def _salt() -> str:
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+def native(name: str, kind: str) -> Callable[..., None]:
+    """Return kernel `name` ("forward.forward") as a function of integers that releases the GIL."""
+    function = _loaded.get((name, kind))
+    if function is None:
+        with _lock:
+            function = _loaded.get((name, kind))
+            if function is None:
+                function = _loaded[name, kind] = _load(*_object_code(name, kind))
+    return function
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile `function` at its first call; later processes load it from the cache."""
-    function.__qualname__ += f"_{_salt()}"
-    compiled = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
-    try:
-        compiled.enable_caching()
-    except RuntimeError:
-        pass  # no cache location can be written: every process compiles for itself
-    return compiled
+# a fork waits for the kernel that is being compiled: Numba and LLVM hold locks meanwhile, too
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release,
+                        after_in_child=_lock.release)
+
+
+def _load(count: int, code: bytes) -> Callable[..., None]:
+    """Make object code callable, with `count` integers."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host.target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * count)
+    function = kind(engine.get_function_address(ENTRY))
+    engine.detach()     # the code stays: a thread may be at work in it when the interpreter ends
+    return function
+
+
+def _object_code(name: str, kind: str) -> tuple[int, bytes]:
+    """Return how many integers the kernel takes, and its code."""
+    folder = cache_folder()
+    path = folder and folder / _key() / f"{name}-{kind}"
+    stored = path and _read(path)
+    if stored is None:
+        from .jit.link import object_code
+
+        module, _, function = name.rpartition(".")
+        kernel = getattr(importlib.import_module(f"{__package__}.jit.{module}"), function)
+        stored = object_code(kernel, *KINDS[kind])
+        if path:
+            _write(path, *stored)
+    return stored
 
 
 def part(function: Callable[..., Any]) -> Any:
-    """Compile `function` into the kernels that call it; Python cannot call it.
+    """Have `function` compiled into the kernels that call it; Python cannot call it.
 
     Every literal in a call makes a compilation of its own, so constants are np.int64.
     """
-    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    import numba
+
+    # kernels count no references: memory is the caller's
+    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True,
+                      _nrt=False)(function)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Mark a kernel: it takes integers, then the tags `unit` and `operand`; see `native`."""
+    return part(function)
+
+
+def cache_folder() -> Path | None:
+    """Return where compiled kernels are kept; None if this user has no home."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "pyattn"
+    usual = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "pyattn"
+
+
+@functools.cache
+def _key() -> str:
+    """Return a name for everything that compiled code depends on but the kernel and its kind."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.rglob("*.py")):
+        source = path.read_bytes()
+        digest.update(f"{path.relative_to(SOURCES)} {len(source)}\n".encode() + source)
+    digest.update(repr((_numba_version(), llvmlite.__version__,
+                        *host.target())).encode())
+    return digest.hexdigest()[:24]
+
+
+def _numba_version() -> str:
+    """Return Numba's version, from its file: package metadata take as long as all else here."""
+    found = importlib.util.find_spec("numba")
+    if found is None or found.origin is None:
+        return ""
+    file = Path(found.origin).with_name("_version.py")
+    return file.read_text() if file.exists() else f"{found.origin} {file.parent.stat().st_mtime}"
+
+
+def _read(path: Path) -> tuple[int, bytes] | None:
+    """Return what `_write` stored, unless it is missing, damaged, or another user's."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            content = file.read()
+    except OSError:
+        return None
+    if hasattr(os, "getuid") and (
+            status.st_uid not in (os.getuid(), ROOT) or status.st_mode & WRITABLE_BY_OTHERS):
+        return None
+    digest, stored = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    if hashlib.sha256(stored).digest() != digest:
+        return None
+    return stored[0], stored[1:]
+
+
+def _write(path: Path, count: int, code: bytes) -> None:
+    """Keep the code, if anything can be written there; readers never meet half a file."""
+    stored = bytes([count]) + code
+    try:
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+    except OSError:
+        return
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(stored).digest() + stored)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()

@@ -2,136 +2,258 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import struct
+import weakref
 from typing import Any
 
+import ml_dtypes  # noqa: F401, gives NumPy the name bfloat16
 import numpy as np
 
 from . import threads
-from .memory import address, aligned
-from .ownership import TermGradient, components
-from .pack import TILE, pack, padded, source
-from .records import JOB
+from .compile import native
+from .host import dot_product, vector_bytes
+from .memory import CACHE_LINE, address, address_of_buffer, aligned
+from .records import JOB, PACK, SOURCES
 
-PRODUCTS_PER_CHUNK = 2**21
-"""A thread takes so many at a time, at least: some 20 microseconds."""
+TILE = 64
+
+SOURCE_CODES = {np.dtype(name): code for code, name in enumerate(SOURCES)}
+
+HELPER_FLOPS = 2**23
+"""Another thread joins for so many operations: some 40 microseconds."""
+
+DEPTH_OF_PAIRS = 32
+"""What widths are padded to where operands lie in pairs: the depth of a matrix tile."""
+
+OFFSETS: dict[str, int] = {name: JOB.fields[name][1] for name in JOB.names}
+OFFSETS |= {f"{name}.{part}": OFFSETS[name] + PACK.fields[part][1]
+            for name in ("q", "k", "v", "dout") for part in PACK.names}
+
+_masks: weakref.WeakKeyDictionary[Any, tuple[bytes, list[np.ndarray], float]] = (
+    weakref.WeakKeyDictionary())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Geometry:
+    """What follows from the shapes and the dtype alone."""
+
+    kind: str
+    dtype: np.dtype
+    operand: np.dtype
+    fold: int
+    lanes: int
+    batch: int
+    heads: int
+    groups: int
+    n: int
+    m: int
+    d: int
+    e: int
+    d_padded: int
+    e_padded: int
+    d_depth: int
+    e_depth: int
+    row_tiles: int
+    key_tiles: int
+    record: bytes
+    """A job's memory with all of this filled in."""
+
+    def with_fields(self, fields: dict[str, tuple[int, ...]]) -> bytes:
+        """Return the record with more fields, the same for many calls, filled in."""
+        memory = bytearray(self.record)
+        for field, values in fields.items():
+            put(memory, field, *values)
+        return bytes(memory)
+
+
+@functools.lru_cache(maxsize=1024)
+def geometry(q: tuple[int, ...], v: tuple[int, ...], given: np.dtype) -> Geometry:
+    """Work out the geometry for q (B, H, N, D) and v (B, G, M, E)."""
+    kind, dtype, operand = kind_of(given)
+    batch, heads, n, d = q
+    _, groups, m, e = v
+    fold, lanes = 2 if operand.itemsize == 2 else 1, vector_bytes() // dtype.itemsize
+    step = lanes if fold == 1 else DEPTH_OF_PAIRS
+    d_padded, e_padded = -(-d // step) * step, -(-e // step) * step
+    d_depth, e_depth = (d, e) if fold == 1 else (d_padded, e_padded)
+    row_tiles, key_tiles = -(-n // TILE), -(-m // TILE)
+    memory = bytearray(JOB.itemsize)
+    put(memory, "size", dtype.itemsize, operand.itemsize, fold, lanes, SOURCE_CODES[given],
+        given.itemsize, heads, groups, n, m, d, e, d_padded, e_padded, d_depth, e_depth, row_tiles,
+        key_tiles)
+    for name, shape in {"q": (heads, n, row_tiles, d, d_padded),
+                        "k": (groups, m, key_tiles, d, d_padded),
+                        "v": (groups, m, key_tiles, e, e_padded),
+                        "dout": (heads, n, row_tiles, e, e_padded)}.items():
+        put(memory, name, *shape)
+    return Geometry(kind, dtype, operand, fold, lanes, batch, heads, groups, n, m, d, e, d_padded,
+                    e_padded, d_depth, e_depth, row_tiles, key_tiles, bytes(memory))
 
 
 class Job:
-    """One call: ``job[field]`` is the record's."""
+    """One call: a record of addresses, and what keeps them valid."""
 
-    def __init__(self, problem: Any, lse: np.ndarray | None = None) -> None:
-        p = problem
-        self.dtype = np.dtype(np.float64 if p.q.dtype == np.float64 else np.float32)
-        self.record = np.zeros(1, JOB)
-        self.alive: dict[str, Any] = {}
-        _, heads, n, d = p.q.shape
-        _, groups, m, e = p.v.shape
-        for name, value in dict(
-                size=self.dtype.itemsize, heads=heads, groups=groups, n=n, m=m, d=d, e=e,
-                d_padded=padded(d, self.dtype), e_padded=padded(e, self.dtype),
-                row_tiles=-(-n // TILE), key_tiles=-(-m // TILE)).items():
-            self[name] = value
-        self["scale"] = self.hold("scale", p.scale, self.dtype)
-        self.describe("q", p.q, p.q_lengths, self["scale"], lse)
-        self.describe("k", p.k, p.kv_lengths)
-        self.describe("v", p.v, p.kv_lengths)
-        self.describe_mask(p)
-        self.describe_terms(p)
+    def __init__(self, problem: Any, g: Geometry, record: bytes) -> None:
+        p = self.problem = problem
+        self.dtype, self.kind = g.dtype, g.kind
+        self.alive: list[Any] = []
+        self.memory = bytearray(record)
+        self.place = address_of_buffer(self.memory)
+        self.scale = scale = self.hold(p.scale)
+        self.q_lengths = self.hold(p.q_lengths, np.int32)
+        kv_lengths = self.hold(p.kv_lengths, np.int32)
+        self.describe("q", p.q, self.q_lengths, scale)
+        self.describe("k", p.k, kv_lengths)
+        self.describe("v", p.v, kv_lengths)
+        mask, held, tiles = mask_record(p.blocks)
+        self.alive.append(held)
+        self.memory[OFFSETS["bits"]:OFFSETS["bits"] + len(mask)] = mask
+        self.put("layout", self.hold(p.layout, np.int32))
+        self.flops = 2.0 * TILE * TILE * tiles * g.batch * g.heads * (g.d + g.e)
+        if p.bias is not None or p.gate is not None or p.offsets is not None:
+            self.describe_terms(p)
+        if p.sinks is not None:
+            self.put("sinks", self.hold(p.sinks))
+        if p.softcap is not None:
+            self.put_float("softcap", p.softcap)
+        if p.dropout:
+            self.put_float("keep", 1 / (1 - p.dropout))
+            self.put("threshold", int(p.dropout * 2**32), p.dropout_seed % 2**32,
+                     p.dropout_seed >> 32)
+        if p.q_positions is not None:
+            for name in ("q_positions", "k_positions", "streams"):
+                x = getattr(p, name)
+                if x is not None:
+                    self.put(name, self.hold(x, np.int32), 4 * x.shape[1] if len(x) > 1 else 0)
 
-    def __getitem__(self, name: str) -> Any:
-        return self.record[0][name]
+    def put(self, field: str, *values: int) -> None:
+        """Write integers from a field on."""
+        put(self.memory, field, *values)
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.record[0][name] = value
+    def put_float(self, field: str, value: float) -> None:
+        """Write a floating-point field."""
+        struct.pack_into("=d", self.memory, OFFSETS[field], value)
 
-    def hold(self, name: str, x: np.ndarray, dtype: Any) -> int:
+    def hold(self, x: np.ndarray, dtype: Any = None) -> int:
         """Keep `x`, contiguous, for as long as the job lives; return its address."""
-        self.alive[name] = np.ascontiguousarray(x, dtype)
-        return address(self.alive[name])
+        dtype = self.dtype if dtype is None else dtype
+        if x.dtype != dtype or not x.flags.c_contiguous:
+            x = np.ascontiguousarray(x, dtype)
+        self.alive.append(x)
+        return address(x)
 
-    def strided(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Keep `x` in the compute dtype, its own memory where it is that already."""
-        self.alive[name] = np.require(x, self.dtype, ["ALIGNED"])
-        return self.alive[name]
+    def empty(self, *shape: int, dtype: Any = None) -> int:
+        """Make room that lives as long as the job; return its address."""
+        x = aligned(shape, self.dtype if dtype is None else dtype)
+        self.alive.append(x)
+        return address(x)
 
-    def describe(self, name: str, x: np.ndarray, lengths: np.ndarray, scale: int = 0,
-                 lse: np.ndarray | None = None) -> None:
+    def describe(self, name: str, x: np.ndarray, lengths: int, scale: int = 0,
+                 lse: int = 0) -> None:
         """Make `x` known to `pack_tile` under `name`."""
-        lengths_at = self.hold(f"{name} lengths", lengths, np.int32)
-        lse_at = 0 if lse is None else self.hold("lse", lse, self.dtype)
-        self[name] = source(self.strided(name, x), lengths_at, scale, lse_at)[0]
-
-    def describe_mask(self, p: Any) -> None:
-        """Make the BlockMask known."""
-        self["layout"] = self.hold("layout", p.layout, np.int32)
-        self["bits"] = self.hold("bits", p.blocks.bits, np.uint64)
-        for name in ("rows", "columns"):
-            runs = getattr(p.blocks, name)
-            self[name] = (
-                self.hold(f"{name} start", runs.start, np.int64),
-                *(self.hold(f"{name} {part}", getattr(runs, part), np.int32)
-                  for part in ("first", "count", "tile", "names")), runs.start.shape[1] - 1)
+        if not x.flags.aligned or x.dtype not in SOURCE_CODES:
+            x = np.require(x, x.dtype.newbyteorder("="), ["ALIGNED"])
+        self.alive.append(x)
+        self.put(f"{name}.at", address(x), *x.strides, SOURCE_CODES[x.dtype], lengths, scale, lse)
 
     def describe_terms(self, p: Any) -> None:
-        """Make the score terms known."""
+        """Make bias, gate and offsets known."""
         for name, term in (("bias", p.bias), ("gate", p.gate)):
             if term is not None:
-                x = self.strided(name, term.array)
+                x = np.require(term.array, self.dtype, ["ALIGNED"])
+                self.alive.append(x)
                 strides = (0 if size == 1 else step
                            for size, step in zip(x.shape, x.strides, strict=True))
-                self[name] = (address(x), self.hold(f"{name} item", term.item, np.int32), *strides)
+                self.put(name, address(x), self.hold(term.item, np.int32), *strides)
         if p.offsets is not None:
-            rows, self["offsets_width"] = p.offsets.shape
-            self["offsets"] = self.hold("offsets", p.offsets, self.dtype)
-            self["offsets_h"] = self["offsets_width"] * self["size"] if rows > 1 else 0
-            self["offset_origin"] = p.offset_origin
-        if p.sinks is not None:
-            self["sinks"] = self.hold("sinks", p.sinks, self.dtype)
-        self["softcap"] = p.softcap or 0
-        if p.dropout:
-            self["threshold"] = int(p.dropout * 2**32)
-            self["keep"] = 1 / (1 - p.dropout)
-            self["seed_low"], self["seed_high"] = p.dropout_seed % 2**32, p.dropout_seed >> 32
-        for name in ("q_positions", "k_positions", "streams"):
-            x = getattr(p, name)
-            if x is not None:
-                self[name] = self.hold(name, x, np.int32)
-                self[f"{name}_b"] = 4 * x.shape[1] if len(x) > 1 else 0
+            rows, width = p.offsets.shape
+            self.put("offsets", self.hold(p.offsets), width * self.dtype.itemsize * (rows > 1),
+                     width, p.offset_origin)
 
-    def pack(self, name: str, *, rows: bool = False, columns: bool = False) -> None:
-        """Pack an array as a whole, its tiles or their transposes or both."""
-        record = np.array([self[name]])
-        self.alive[f"packed {name}"] = pack(record, self.dtype, rows=rows, columns=columns)
-        self[name] = record[0]
+    def workspace(self, **sizes: int) -> dict[str, int]:
+        """Make room for several arrays of so many bytes; return their addresses, 0 for none."""
+        starts, total = sections(tuple(sizes.values()))
+        base = self.empty(total, dtype=np.uint8)
+        return {name: base + start if sizes[name] else 0
+                for name, start in zip(sizes, starts, strict=True)}
 
-    def unpack(self, *names: str) -> None:
-        """Give the memory of packed copies back."""
-        for name in names:
-            del self.alive[f"packed {name}"]
+    def run(self, kernel: str, units: int, scratch_bytes: int = 0, flops: float = 0.0,
+            at: str = "size") -> None:
+        """Run a kernel over its units of work."""
+        threads.run(native(kernel, self.kind), self.place + OFFSETS[at], units,
+                    scratch_bytes, int(flops / HELPER_FLOPS))
 
-    def own(self, owner: str, terms: dict[str, TermGradient], labels: list[np.ndarray], batch: int,
-            heads: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hand the terms' gradients that `owner` sums to its pass, and the list of its pairs."""
-        for name, term in terms.items():
-            self[f"d{name}"] = term.record() if term.owner == owner else 0
-            if term.owner == owner and term.array is not None:
-                labels = [*labels, term.labels(heads)]
-        members, start = components(labels, batch * heads)
-        self["pairs"] = self.hold("pairs", members, np.int64)
-        self["pair_start"] = self.hold("pair_start", start, np.int64)
-        return members, start
 
-    def run(self, kernel: Any, units: int, scratch_bytes: Callable[[int, int, int], int]) -> None:
-        """Run `kernel` over its units of work, in chunks that are worth a thread's while."""
-        start, count = self.alive["rows start"], self.alive["rows count"]
-        tiles = max(1.0, count.sum() / max(1, start.shape[0] * (start.shape[1] - 1)))
-        products = tiles * TILE * TILE * (self["d"] + self["e"] + 1)
-        size = scratch_bytes(int(self["d_padded"]), int(self["e_padded"]), self.dtype.itemsize)
-        place, unit = address(self.record), self.dtype.type(1)
+def put(memory: bytearray, field: str, *values: int) -> None:
+    """Write integers into a job's memory, from a field on."""
+    struct.pack_into(f"={len(values)}q", memory, OFFSETS[field], *values)
 
-        def work(first: int, last: int, scratch: np.ndarray) -> None:
-            kernel(place, first, last, address(scratch), unit)
 
-        threads.run(work, int(units), max(1, int(PRODUCTS_PER_CHUNK / products)),
-                    lambda: aligned((size,), np.uint8))
+@functools.cache
+def kind_of(dtype: np.dtype) -> tuple[str, np.dtype, np.dtype]:
+    """Return which kind of kernel takes arrays of `dtype`, what it computes with, its operands."""
+    if dtype.name == "float64":
+        return "float64", np.dtype(np.float64), np.dtype(np.float64)
+    if dtype.name == "bfloat16" and dot_product():
+        return "bfloat16", np.dtype(np.float32), np.dtype(np.uint16)
+    return "float32", np.dtype(np.float32), np.dtype(np.float32)
+
+
+def mask_record(blocks: Any) -> tuple[bytes, list[np.ndarray], float]:
+    """Return what the record says of a BlockMask, what to keep alive, tiles to a layout's row."""
+    found = _masks.get(blocks)
+    if found is None:
+        held = [np.ascontiguousarray(blocks.bits, np.uint64)]
+        fields = [address(held[0])]
+        for runs in (blocks.rows, blocks.columns):
+            arrays = [np.ascontiguousarray(runs.start, np.int64),
+                      *(np.ascontiguousarray(getattr(runs, part), np.int32)
+                        for part in ("first", "count", "tile", "names"))]
+            held += arrays
+            fields += [*map(address, arrays), runs.start.shape[1] - 1]
+        layouts = max(1, blocks.rows.start.shape[0])
+        found = (struct.pack(f"={len(fields)}q", *fields), held,
+                 float(blocks.rows.count.sum(dtype=np.int64)) / layouts)
+        _masks[blocks] = found
+    return found
+
+
+def geometry_of(p: Any) -> Geometry:
+    """Return the geometry of a problem."""
+    dtype = p.q.dtype
+    return geometry(p.q.shape, p.v.shape,
+                    dtype if dtype in SOURCE_CODES else dtype.newbyteorder("="))
+
+
+def forward_scratch(g: Geometry, chunk: int, *, gated: bool, per_group: bool = False,
+                    part: int = 0) -> tuple[tuple[int, ...], int]:
+    """Lay out what a thread needs for a forward: where each section starts, and all bytes."""
+    size, each, wide = g.dtype.itemsize, g.operand.itemsize, TILE * chunk
+    keys = g.key_tiles * TILE * each if per_group else 0
+    return sections((
+        TILE * g.d_padded * size, TILE * g.e_padded * size, TILE * wide * size,
+        TILE * wide * size if gated else 0, wide * size, 8 * TILE * chunk, 8 * chunk, TILE * size,
+        TILE * g.lanes * size, TILE * size, keys * g.d_depth, keys * g.e_padded, part))
+
+
+def backward_scratch(g: Geometry) -> tuple[tuple[int, ...], int]:
+    """Lay out what a thread needs for a backward: where each section starts, and all bytes."""
+    size, each = g.dtype.itemsize, g.operand.itemsize
+    square, pairs = TILE * TILE * size, g.fold > 1
+    keys = TILE * g.d_padded
+    return sections((
+        keys * each, keys * each, keys * each * pairs, TILE * g.e_padded * each, keys * size,
+        TILE * g.e_padded * size, square, square, square, square, TILE * TILE * each * pairs,
+        8 * TILE, 8, TILE * size, TILE * size))
+
+
+@functools.lru_cache(maxsize=256)
+def sections(sizes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Lay out sections of memory one after another, each from a cache line on."""
+    starts, total = [], 0
+    for size in sizes:
+        starts.append(total)
+        total += -(-size // CACHE_LINE) * CACHE_LINE
+    return tuple(starts), total

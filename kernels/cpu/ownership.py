@@ -1,27 +1,31 @@
-"""Who sums what in the backward: units of work that own a part of every gradient they add to.
+"""Who sums what in the backward: pieces of work that own all of what they add to.
 
-Two (batch item, head) pairs that add to the same numbers of a term's gradient must belong to one
-unit, which takes them in order. So pairs are joined into components, by the item and head rows that
-the terms give them; without such terms each pair is its own.
+Two (batch item, group) pairs that add to the same numbers of a term's gradient must belong to one
+owner, which takes them in order. So pairs are joined into owners, by the item and head rows that
+the terms give them; without such terms each pair is its own. Where that leaves few owners, they
+are cut into slices, and every slice adds to a copy of the gradients; copies are summed in order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from .memory import address
-from .records import GRADIENT
 
-COPIES = 32
-"""The offset table's gradient is summed in at most so many copies, or one per head."""
+UNITS = 16
+"""Units of work that a backward is to have at least, so that so many cores may share it."""
+
+COPIES = 2**23
+"""Bytes that copies of the terms' gradients may take together."""
 
 
 def components(labels: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Join what shares a label; return the members, component by component, and where each starts.
 
-    Each of `labels` is int64 (count,), any numbers below `count` times the heads.
+    Each of `labels` is int64 (count,), any numbers from 0 on.
     """
     least = np.arange(count)
     while labels:
@@ -37,39 +41,75 @@ def components(labels: list[np.ndarray], count: int) -> tuple[np.ndarray, np.nda
     return members, np.append(start, count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """How (batch, group) pairs are divided: piece i has ``pairs[start[i]:start[i + 1]]``."""
+
+    pairs: np.ndarray
+    start: np.ndarray
+    slice: np.ndarray
+    """By piece, which slice of its owner it is, and so which copy of the gradients it adds to."""
+    slices: int
+    chunks: int
+    """Into how many chunks the tiles of keys and queries are cut."""
+
+    def __len__(self) -> int:
+        return len(self.start) - 1
+
+    @classmethod
+    def of(cls, pairs: int, labels: list[np.ndarray], tiles: int, copy_bytes: int) -> Pieces:
+        """Divide `pairs`; `tiles` is the fewer of key and query tiles."""
+        members, start = components(labels, pairs) if labels else (
+            np.arange(pairs), np.arange(pairs + 1))
+        owners = max(1, len(start) - 1)
+        wanted = -(-UNITS // owners)
+        slices = 1
+        if labels and wanted > 1:
+            longest = int(np.diff(start).max(initial=1))
+            slices = max(1, min(wanted, longest, COPIES // max(1, copy_bytes)))
+        if slices > 1:
+            sizes = np.diff(start)[:, None]
+            cuts = start[:-1, None] + sizes * np.arange(slices) // slices
+            start = np.append(cuts.ravel(), pairs)
+        chunks = max(1, min(-(-UNITS // (owners * slices)), tiles // 4))
+        return cls(members.astype(np.int64), start.astype(np.int64),
+                   np.tile(np.arange(slices, dtype=np.int64), owners), slices, chunks)
+
+
 class TermGradient:
     """The gradient of a bias or gate in its own shape."""
 
-    def __init__(self, term: Any, batch: int, heads: int, row_tiles: int, dtype: Any) -> None:
+    def __init__(self, term: Any) -> None:
         self.item = np.ascontiguousarray(term.item, np.int32)
         self.shape = term.array.shape
-        _, own_heads, n, m = self.shape
-        self.per_head = own_heads > 1
-        self.owner = "columns" if n == 1 != m else "rows"
-        if n == m == 1:
-            self.array, self.totals = None, np.zeros((batch, heads, row_tiles))
-        else:
-            self.array, self.totals = np.zeros(self.shape, dtype), None
+        _, heads, n, m = self.shape
+        self.per_head = heads > 1
+        self.whole = n == m == 1
 
-    def labels(self, heads: int) -> np.ndarray:
-        """Return the rows of the gradient that pairs of an item and one of `heads` add to."""
-        return (self.item[:, None] * np.int64(heads)
-                + (np.arange(heads) if self.per_head else 0 * np.arange(heads))).ravel()
+    def labels(self, groups: int) -> np.ndarray:
+        """Return the rows of the gradient that (batch, group) pairs add to."""
+        group = np.arange(groups) if self.per_head else np.zeros(groups, np.int64)
+        return (self.item[:, None] * np.int64(groups) + group).ravel()
 
-    def record(self) -> np.void:
-        """Tell kernels where the gradient is."""
-        strides = (0, 0, 0, 0)
-        if self.array is not None:
-            strides = tuple(0 if size == 1 else step for size, step in
-                            zip(self.shape, self.array.strides, strict=True))
-        return np.array((address(self.array), address(self.item), *strides, address(self.totals)),
-                        GRADIENT)[()]
+    def nbytes(self, dtype: Any) -> int:
+        """Return the size of a copy."""
+        return 0 if self.whole else int(np.prod(self.shape)) * np.dtype(dtype).itemsize
+
+    def allocate(self, pieces: Pieces, batch: int, heads: int, dtype: Any) -> tuple[int, ...]:
+        """Make room for the sums; return the record that tells kernels where it is."""
+        if self.whole:
+            self.sums = np.zeros((batch, heads, pieces.chunks))
+            return 0, address(self.item), 0, 0, 0, 0, 0, address(self.sums)
+        self.sums = np.zeros((pieces.slices, *self.shape), dtype)
+        copy, *strides = self.sums.strides
+        strides = [0 if size == 1 else step for size, step in zip(self.shape, strides, strict=True)]
+        return address(self.sums), address(self.item), copy, *strides, 0
 
     def result(self, dtype: Any) -> np.ndarray:
-        """Return the gradient; sums per tile are added up in order."""
-        if self.array is not None:
-            return self.array
-        sums = self.totals.sum(2)
+        """Return the gradient."""
+        if not self.whole:
+            return self.sums[0] if len(self.sums) == 1 else self.sums.sum(0)
+        sums = self.sums.sum(2)
         total = np.zeros(self.shape[:2])
         np.add.at(total, self.item, sums if self.per_head else sums.sum(1, keepdims=True))
         return total.astype(dtype)[:, :, None, None]
@@ -78,28 +118,37 @@ class TermGradient:
 class TableGradient:
     """The gradient of the offset table: a float64 copy per unit of work, added up in order."""
 
-    def __init__(self, shape: tuple[int, int], heads: int, members: np.ndarray, start: np.ndarray,
-                 row_tiles: int) -> None:
-        self.shape = shape
-        count = len(start) - 1
-        # a component holds all items of one head, unless another term joins the heads
-        self.heads = members[start[:-1]] % heads if 1 < shape[0] == count else None
-        rows = 1 if self.heads is not None else shape[0]
-        self.slices = max(1, min(row_tiles, COPIES // max(1, count * rows)))
-        self.copies = np.zeros((count, self.slices, rows, shape[1]))
-        _, unit, head, _ = self.copies.strides
-        self.strides = unit, 0 if rows == 1 else head
+    def __init__(self, shape: tuple[int, int], groups: int) -> None:
+        self.shape, self.groups = shape, groups
 
-    @staticmethod
-    def labels(rows: int, batch: int, heads: int) -> np.ndarray:
-        """Return the rows of the table that pairs add to."""
-        return np.tile(np.arange(heads) if rows > 1 else np.zeros(heads, np.int64), batch)
+    def labels(self, batch: int) -> np.ndarray:
+        """Return the rows of the table that (batch, group) pairs add to."""
+        rows = np.arange(self.groups) if self.shape[0] > 1 else np.zeros(self.groups, np.int64)
+        return np.tile(rows, batch)
+
+    def nbytes(self, tiles: int) -> int:
+        """Return the size of a slice's copies."""
+        return 8 * self.shape[0] * self.shape[1] * max(1, min(UNITS, tiles // 4))
+
+    def allocate(self, pieces: Pieces) -> tuple[int, int, int, int]:
+        """Make room for the sums; return its address, its strides by unit and head, its rows."""
+        rows, width = self.shape
+        # an owner holds all items of one group, unless another term joins the groups
+        self.first = None
+        if rows > 1 and len(pieces) == pieces.slices * self.groups:
+            rows //= self.groups
+            owner = np.arange(len(pieces)) // pieces.slices * pieces.slices
+            self.first = pieces.pairs[pieces.start[owner]] % self.groups * rows
+        self.copies = np.zeros((len(pieces), pieces.chunks, rows, width))
+        unit, head = self.copies.strides[1], self.copies.strides[2]
+        return address(self.copies), unit, head, rows
 
     def result(self, dtype: Any) -> np.ndarray:
         """Return the gradient in the table's own shape."""
         sums = self.copies.sum(1)
-        if self.heads is None:
+        if self.first is None:
             return sums.sum(0).astype(dtype)
-        total = np.empty(self.shape, dtype)
-        total[self.heads] = sums[:, 0]
-        return total
+        total = np.zeros(self.shape)
+        for first, rows in zip(self.first, sums, strict=True):
+            total[first:first + len(rows)] += rows
+        return total.astype(dtype)

@@ -1,7 +1,7 @@
 """What a kernel is told: one record of addresses, strides (in bytes) and counts.
 
 An address of 0 means that there is no such array. Kernels look at these fields while they run; only
-the dtype they compute in is compiled in.
+the kind of numbers they compute with is compiled in.
 """
 
 from __future__ import annotations
@@ -9,38 +9,65 @@ from __future__ import annotations
 import numpy as np
 
 
-def _record(integers: str, **others: object) -> np.dtype:
-    return np.dtype([(name, "i8") for name in integers.split()] + list(others.items()))
+def _record(integers: str) -> np.dtype:
+    return np.dtype([(name, "i8") for name in integers.split()])
 
+
+SOURCES = ("float64", "float32", "float16", "bfloat16")
+"""Dtypes of arrays; records hold the index."""
 
 PACK = _record(
+    "heads length tiles width "
+    "padded "                   # the width in packed tiles
     "at b h n d "               # the source (batch, heads, length, width): address and strides
-    "size batch heads length tiles width padded "
+    "kind "                     # of the source's numbers
     "lengths "                  # int32 (batch,): rows from here on count as zeros
     "scale "                    # (heads,): factor, or 0
     "lse "                      # (batch, heads, length), or 0: rows with -inf count as zeros
-    "rows columns notes")       # packed tiles, their transposes, and uint8 per tile; or 0
+    "rows columns pairs notes") # packed tiles in up to three layouts, and uint8 per tile; or 0
 
 RUNS = _record("start first count tile names tiles")
 
 TERM = _record("at item b h n m")
 
 GRADIENT = _record(
-    "at item b h n m "          # in the term's own shape; where that has no query and no key axis,
-    "total")                    # a float64 sum per (batch, head, row of tiles) instead
+    "at item copy b h n m "     # in the term's own shape, a copy for each slice of its owners
+    "total")                    # if that has no query and no key axis: float64 sums instead
+
+FORWARD_SCRATCH = _record("q acc scores gates row words names tops sums decays keys values "
+                          "part")
+
+BACKWARD_SCRATCH = _record("k_rows k_columns k_pairs v_columns dk dv weights dscores slopes dgates "
+                           "operand words names row kept")
 
 JOB = np.dtype([
-    *_record("size heads groups n m d e d_padded e_padded row_tiles key_tiles").descr,
+    *_record("size operand fold lanes "     # bytes of a number and of an operand, operands that
+                                            # lie side by side, numbers in a vector
+             "given given_size "            # the dtype of q and of out, and bytes of a number of it
+             "heads groups n m d e d_padded e_padded "
+             "d_depth e_depth "             # how deep a product over d or e is
+             "row_tiles key_tiles").descr,
     ("q", PACK), ("k", PACK), ("v", PACK), ("dout", PACK),
-    *_record("out lse delta sinks scale dq dk dv dscale").descr,
     *_record("layout bits").descr,
     ("rows", RUNS), ("columns", RUNS),
-    ("bias", TERM), ("gate", TERM), ("dbias", GRADIENT), ("dgate", GRADIENT),
-    *_record("offsets offsets_h offsets_width offset_origin "
-             "doffsets doffsets_unit doffsets_h").descr,
+    *_record("out lse sinks").descr,
+    *_record("per_group chunk splits part_bytes parts").descr,
+    ("bias", TERM), ("gate", TERM),
+    *_record("offsets offsets_h offsets_width offset_origin").descr,
     *_record("q_positions q_positions_b k_positions k_positions_b streams streams_b").descr,
     ("softcap", "f8"), ("keep", "f8"),
     ("threshold", "u8"), ("seed_low", "u8"), ("seed_high", "u8"),
-    # who owns what in the backward: int64 lists of (batch, head or group) pairs
-    *_record("pairs pair_start slices").descr,
+    ("ahead", FORWARD_SCRATCH),
+    # from here on for the backward alone
+    *_record("delta shifts means dq_sums dk_sums dv_sums "
+             "dq dk dv dscale "
+             "dq_kind dk_kind dv_kind dq_size dk_size dv_size").descr,
+    ("dbias", GRADIENT), ("dgate", GRADIENT),
+    *_record("doffsets doffsets_unit doffsets_h doffsets_rows").descr,
+    # pieces: int64 lists of (batch, group) pairs, and which slice of its owner a piece is
+    *_record("pairs piece_start piece_slice chunks short phase").descr,
+    ("back", BACKWARD_SCRATCH),
 ])
+
+DELTA = _record("size kind heads n e e_padded "
+                "dout dout_b dout_h dout_n dout_e out out_b out_h out_n out_e lse dlse delta")

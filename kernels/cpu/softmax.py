@@ -7,15 +7,33 @@ would change, so it does meet the values behind.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .jit import backward as back
-from .jit import forward as ahead
-from .job import Job
-from .memory import address
-from .ownership import TableGradient, TermGradient
+from . import threads, tuning
+from .compile import native
+from .job import (
+    HELPER_FLOPS,
+    SOURCE_CODES,
+    TILE,
+    Geometry,
+    Job,
+    backward_scratch,
+    forward_scratch,
+    geometry_of,
+    kind_of,
+)
+from .memory import CACHE_LINE, address
+from .ownership import UNITS, Pieces, TableGradient, TermGradient
+from .records import DELTA
+
+GROUP_BYTES = 2**18
+"""Packed keys and values of a group that fit in the cache beside the queries."""
+
+SPLIT_TILES = 8
+"""Tiles of keys that a split has at least."""
 
 
 def refuses(problem: Any) -> str | None:
@@ -24,57 +42,178 @@ def refuses(problem: Any) -> str | None:
 
 
 def forward(problem: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return out (B, H, N, E) and lse (B, H, N) in the accumulation dtype."""
-    job = Job(problem)
-    batch, heads, n, _ = problem.q.shape
-    out = np.empty((batch, heads, n, problem.v.shape[3]), job.dtype)
-    lse = np.empty((batch, heads, n), job.dtype)
-    job["out"], job["lse"] = address(out), address(lse)
-    job.pack("k", columns=True)
-    job.pack("v", rows=True)
-    job.run(ahead.forward, batch * heads * job["row_tiles"], ahead.scratch_bytes)
+    """Return out (B, H, N, E) in the dtype of q, and lse (B, H, N)."""
+    g = geometry_of(problem)
+    plan = forward_plan(g, short=is_short(problem, g), gated=problem.gate is not None,
+                        chunk=tuning.table().chunk[g.kind])
+    job = Job(problem, g, plan.record)
+    out = np.empty((g.batch, g.heads, g.n, g.e), problem.q.dtype.newbyteorder("="))
+    lse = np.empty((g.batch, g.heads, g.n), g.dtype)
+    job.put("out", address(out), address(lse))
+    groups = g.batch * g.groups
+    if plan.kernel == "decode.decode":
+        if plan.splits > 1:
+            job.put("parts", job.empty(plan.units * plan.part_bytes, dtype=np.uint8))
+        job.run(plan.kernel, plan.units, plan.scratch,
+                64.0 * groups * g.m * (g.d + g.e))
+        if plan.splits > 1:
+            job.run("decode.join", groups, plan.scratch)
+    else:
+        if not plan.per_group:
+            tiles, each = groups * g.key_tiles, g.operand.itemsize
+            pack_all(job, "k", tiles, g.d_depth, each, "columns")
+            pack_all(job, "v", tiles, g.e_padded, each, "pairs" if g.fold > 1 else "rows")
+        job.run(plan.kernel, plan.units, plan.scratch, job.flops)
     return out, lse
+
+
+def is_short(p: Any, g: Geometry) -> bool:
+    """Whether a group has so few queries that keys are better read where they lie."""
+    return (0 < g.heads // max(1, g.groups) * g.n <= tuning.table().short[g.kind]
+            and g.m > 0
+            and p.k.strides[3] == p.k.itemsize and p.v.strides[3] == p.v.itemsize
+            and (g.heads == g.groups or len(p.blocks.rows.start) == 1))
+
+
+class ForwardPlan(NamedTuple):
+    """How a forward is done; `record` has what kernels must know of it."""
+
+    kernel: str
+    units: int
+    scratch: int
+    per_group: bool
+    splits: int
+    part_bytes: int
+    record: bytes
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_plan(g: Geometry, *, short: bool, gated: bool, chunk: int) -> ForwardPlan:
+    """Decide how to do a forward: never by the number of threads, so that they change no bit."""
+    groups, blocks = g.batch * g.groups, g.batch * g.heads * g.row_tiles
+    chunk, per_group, splits, part = min(chunk, g.key_tiles), False, 1, 0
+    if short:
+        kernel = "decode.decode"
+        splits = max(1, min(-(-UNITS // max(1, groups)), g.key_tiles // SPLIT_TILES))
+        numbers = g.heads // max(1, g.groups) * g.n * (1 + g.lanes + g.e_padded)
+        part = -(-numbers * g.dtype.itemsize // CACHE_LINE) * CACHE_LINE
+        units = groups * splits
+    else:
+        kernel = "forward.forward"
+        keys = g.key_tiles * TILE * (g.d_depth + g.e_padded) * g.operand.itemsize
+        per_group = keys <= GROUP_BYTES and (groups >= UNITS or blocks <= 2 * groups)
+        units = groups if per_group else blocks
+    starts, scratch = forward_scratch(g, chunk, gated=gated, per_group=per_group, part=part)
+    record = g.with_fields({"per_group": (per_group, chunk, splits, part), "ahead": starts})
+    return ForwardPlan(kernel, units, scratch, per_group, splits, part, record)
+
+
+def pack_all(job: Job, name: str, tiles: int, width: int, itemsize: int, layout: str) -> None:
+    """Pack an array as a whole, in parallel."""
+    at = job.workspace(tiles=tiles * TILE * width * itemsize, notes=tiles)
+    job.put(f"{name}.{layout}", at["tiles"])
+    job.put(f"{name}.notes", at["notes"])
+    job.run("packing.pack_tiles", tiles, flops=64.0 * tiles * TILE * width, at=name)
+
+
+def delta(dout: np.ndarray, out: np.ndarray, lse: np.ndarray,
+          dlse: np.ndarray | None) -> np.ndarray:
+    """Return rowsum(dout * out) - dlse, (B, H, N); 0 in rows that see no key."""
+    _, dtype, _ = kind_of(dout.dtype)
+    batch, heads, n, e = out.shape
+    found = np.empty((batch, heads, n), dtype)
+    lse = np.ascontiguousarray(lse, dtype)
+    dlse = None if dlse is None else np.ascontiguousarray(dlse, dtype)
+    dout, out = (np.require(x, x.dtype.newbyteorder("="), ["ALIGNED"]) for x in (dout, out))
+    e_padded = -(-e // CACHE_LINE) * CACHE_LINE
+    record = np.array(
+        (dtype.itemsize, SOURCE_CODES[dout.dtype], heads, n, e, e_padded, address(dout),
+         *dout.strides, address(out), *out.strides, address(lse),
+         0 if dlse is None else address(dlse), address(found)), DELTA)
+    threads.run(native("backward.delta", "float64" if dtype == np.float64 else "float32"),
+                address(record), batch * heads * -(-n // TILE),
+                (2 * e_padded + 1) * TILE * dtype.itemsize, int(8.0 * out.size / HELPER_FLOPS))
+    return found
 
 
 def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
              ) -> dict[str, np.ndarray]:
     """Return the gradients by argument; lse and delta (B, H, N) are those of the merged result."""
-    p, job = problem, Job(problem, lse)
-    batch, heads, n, d = p.q.shape
-    _, groups, m, e = p.v.shape
-    row_tiles, key_tiles = int(job["row_tiles"]), int(job["key_tiles"])
-    dq = np.empty((batch, heads, n, d), job.dtype)
-    dk = np.empty((batch, groups, m, d), job.dtype)
-    dv = np.empty((batch, groups, m, e), job.dtype)
-    dscale = np.empty((batch, heads, row_tiles))
-    job["dq"], job["dk"], job["dv"], job["dscale"] = map(address, (dq, dk, dv, dscale))
-    job.describe("dout", dout, p.q_lengths, lse=lse)
-    job["lse"], job["delta"] = job["q"]["lse"], job.hold("delta", delta, job.dtype)
-    terms = {name: TermGradient(term, batch, heads, row_tiles, job.dtype)
-             for name, term in (("bias", p.bias), ("gate", p.gate)) if term is not None}
+    p, g = problem, geometry_of(problem)
+    starts, scratch = backward_scratch(g)
+    job = Job(p, g, g.record)
+    job.put("back", *starts)
+    lse_at = job.hold(lse)
+    job.describe("q", p.q, job.q_lengths, job.scale, lse_at)
+    job.describe("dout", dout, job.q_lengths, 0, lse_at)
+    job.put("lse", lse_at)
 
-    job.pack("k", rows=True, columns=True)
-    job.pack("v", columns=True)
-    labels = [] if p.offsets is None else [TableGradient.labels(len(p.offsets), batch, heads)]
-    members, start = job.own("rows", terms, labels, batch, heads)
-    job["slices"] = row_tiles
+    terms = {name: TermGradient(term) for name, term in (("bias", p.bias), ("gate", p.gate))
+             if term is not None}
+    labels = [term.labels(g.groups) for term in terms.values()]
+    copy_bytes = sum(term.nbytes(g.dtype) for term in terms.values())
+    table = None
+    fewer_tiles = min(g.row_tiles, g.key_tiles)
     if p.offsets is not None:
-        table = TableGradient(p.offsets.shape, heads, members, start, row_tiles)
-        job["slices"], job["doffsets"] = table.slices, address(table.copies)
-        job["doffsets_unit"], job["doffsets_h"] = table.strides
-    job.run(back.rows_pass, (len(start) - 1) * job["slices"], back.scratch_bytes)
+        table = TableGradient(p.offsets.shape, g.groups)
+        labels.append(table.labels(g.batch))
+        copy_bytes += table.nbytes(fewer_tiles)
+    pieces = divide(g.batch * g.groups, labels, fewer_tiles, copy_bytes)
+    for name, term in terms.items():
+        job.put(f"d{name}", *term.allocate(pieces, g.batch, g.heads, g.dtype))
+    if table is not None:
+        job.put("doffsets", *table.allocate(pieces))
+    job.put("pairs", *(job.hold(x, np.int64) for x in (pieces.pairs, pieces.start, pieces.slice)),
+            pieces.chunks, is_short(p, g) and g.fold == 1)
 
-    job.unpack("k", "v")
-    job.pack("q", rows=True)
-    job.pack("dout", rows=True)
-    _, start = job.own("columns", terms, [], batch, groups)
-    job.run(back.columns_pass, (len(start) - 1) * key_tiles, back.scratch_bytes)
+    found = {name: np.empty(shape, g.dtype if name in p.summed else p.q.dtype.newbyteorder("="))
+             for name, shape in (("q", (g.batch, g.heads, g.n, g.d)),
+                                 ("k", (g.batch, g.groups, g.m, g.d)),
+                                 ("v", (g.batch, g.groups, g.m, g.e)))}
+    tiles = g.batch * g.heads * g.row_tiles
+    rows, size, pairs = tiles * TILE, g.dtype.itemsize, g.fold > 1
+    q, dout_rows = (rows * width * g.operand.itemsize for width in (g.d_padded, g.e_padded))
+    at = job.workspace(
+        q=q, q_pairs=q * pairs, q_notes=tiles, dout=dout_rows, dout_pairs=dout_rows * pairs,
+        dout_notes=tiles, shifts=rows * size, means=rows * size, dq=rows * g.d_padded * size,
+        dk=found["k"].size * size * (pieces.chunks > 1),
+        dv=found["v"].size * size * (pieces.chunks > 1))
+    dscale = np.zeros((g.batch, g.heads, g.row_tiles))
+    for name in ("q", "dout"):
+        job.put(f"{name}.rows", at[name], 0, at[f"{name}_pairs"], at[f"{name}_notes"])
+    job.put("delta", job.hold(delta), *(at[name] for name in ("shifts", "means", "dq", "dk", "dv")),
+            *map(address, found.values()), address(dscale),
+            *(SOURCE_CODES[x.dtype] for x in found.values()),
+            *(x.itemsize for x in found.values()))
+    run_phases(job, pieces, tiles, scratch)
 
-    gradients = {"q": dq, "k": dk, "v": dv, "scale": dscale.sum((0, 2)).astype(job.dtype)}
-    gradients |= {name: term.result(job.dtype) for name, term in terms.items()}
-    if p.offsets is not None:
-        gradients["offsets"] = table.result(job.dtype)
-    return gradients
+    found["scale"] = dscale.sum((0, 2)).astype(g.dtype)
+    found |= {name: term.result(g.dtype) for name, term in terms.items()}
+    if table is not None:
+        found["offsets"] = table.result(g.dtype)
+    return found
+
+
+def run_phases(job: Job, pieces: Pieces, tiles: int, scratch: int) -> None:
+    """Run the backward's phases; a single one does what comes before and after by itself."""
+    phases = pieces.chunks
+    if phases > 1:
+        job.run("backward.prepare", tiles, flops=job.flops)
+    for phase in range(phases):
+        job.put("phase", phase)
+        job.run("backward.backward", len(pieces) * phases, scratch, job.flops)
+    if phases > 1:
+        job.run("backward.finish", tiles, scratch, job.flops)
+
+
+def divide(pairs: int, labels: list[np.ndarray], tiles: int, copy_bytes: int) -> Pieces:
+    """Divide (batch, group) pairs among pieces of work."""
+    return Pieces.of(pairs, labels, tiles, copy_bytes) if labels else _plainly(pairs, tiles)
+
+
+@functools.lru_cache(maxsize=256)
+def _plainly(pairs: int, tiles: int) -> Pieces:
+    return Pieces.of(pairs, [], tiles, 0)
 
 
 def weights(problem: Any, lse: np.ndarray) -> np.ndarray:

@@ -1,27 +1,32 @@
-"""Threads for the CPU kernels: one pool of our own, so that no threading layer has to be chosen.
+"""Threads for the CPU kernels: a few of our own, so that no threading layer has to be chosen.
 
-Work is a range of units cut into chunks that do not depend on how many threads there are; a thread
-that is free takes the next chunk. The caller is one of the threads. This module imports no Numba.
+A call is cut into units of work that do not depend on how many threads there are; a thread that is
+free takes the next one. The caller is one of the threads. This module imports no Numba.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import os
+import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+
+import numpy as np
 
 from pyattn.checks import OptionError, require_integer
+
+from .memory import CACHE_LINE, address, aligned
 
 OWN_VARIABLE = "PYATTN_NUM_THREADS"
 VARIABLES = (OWN_VARIABLE, "OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 
-_lock = threading.Lock()
-_in_pool = threading.local()
+KEPT_BYTES = 2**24
+"""A thread keeps scratch memory up to this size for its next call."""
+
+MANY_INVITATIONS = 1000
+
 _count: int | None = None
-_pool: ThreadPoolExecutor | None = None
 
 
 def get_count() -> int:
@@ -34,11 +39,10 @@ def get_count() -> int:
 
 def set_count(count: int) -> None:
     """Use `count` threads from the next call on, in all Python threads."""
-    global _count, _pool
+    global _count
     count = require_integer("number of threads", count, minimum=1)
     with _lock:
-        # a pool that is in use lives until its calls are done
-        _count, _pool = count, None
+        _count = count
 
 
 def _default() -> int:
@@ -53,65 +57,172 @@ def _default() -> int:
     return os.cpu_count() or 1
 
 
-def _helpers() -> tuple[ThreadPoolExecutor | None, int]:
-    """Return the pool and how many of its threads may join the caller."""
-    global _pool
-    if getattr(_in_pool, "yes", False):
-        return None, 0
-    with _lock:
-        count = get_count() - 1
-        if _pool is None and count:
-            _pool = ThreadPoolExecutor(count, "pyattn", _enter_pool)
-        return _pool, count
+class _Local(threading.local):
+    """What each thread has of its own."""
+
+    inside = False
+    """Whether the thread is already at work on a call that has several threads."""
+
+    def __init__(self) -> None:
+        self.spare: list[_Memory] = []
 
 
-def _enter_pool() -> None:
-    _in_pool.yes = True
+class _Memory:
+    """Scratch memory, and the number of the next unit in a place where no other data is."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        # two lines: some CPUs fetch them in pairs
+        self.array = aligned((2 * CACHE_LINE + nbytes,), np.uint8)
+        self.array.fill(0)      # the system hands out pages when they are first written to
+        self.queue = address(self.array)
+        self.next_unit = ctypes.c_int64.from_address(self.queue)
+        self.scratch = self.queue + 2 * CACHE_LINE
+
+
+class _Invitation:
+    """To help with a call; whoever sets `taken` first decides whether it is accepted."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+        self.error: BaseException | None = None
+        self.taken = threading.Lock()
+        self.finished = False
+        self.over = threading.Lock()
+        self.over.acquire()
+
+    def accept(self) -> None:
+        """Help, in a helper's thread, unless the call could do without."""
+        if self.taken.acquire(blocking=False):
+            try:
+                self.call()
+            except BaseException as error:
+                self.error = error
+            self.finished = True
+            self.over.release()
+
+    def withdraw(self) -> bool:
+        """Call it off if nobody has accepted it; say whether that was so."""
+        return self.taken.acquire(blocking=False)
+
+
+_local = _Local()
+_lock = threading.Lock()
+_invitations: queue.SimpleQueue[_Invitation] = queue.SimpleQueue()
+_helpers: list[threading.Thread] = []
+
+
+def run(kernel: Callable[[int, int, int, int], None], place: int, units: int, scratch_bytes: int,
+          helpers: int) -> None:
+    """Call ``kernel(place, queue, units, scratch)`` here and in up to `helpers` other threads.
+
+    At the address `queue` there is an int64 that starts at 0. A kernel takes the next unit of work
+    by adding 1 to it, until there are none; `scratch` is memory for that thread alone. An exception
+    is raised here once no thread is at work any more.
+    """
+    if units <= 0:
+        return
+    memory = _take(scratch_bytes)
+    memory.next_unit.value = 0
+    try:
+        helpers = min(helpers, units - 1)
+        if helpers <= 0 or _local.inside or (helpers := min(helpers, get_count() - 1)) <= 0:
+            kernel(place, memory.queue, units, memory.scratch)
+        else:
+            _together(kernel, place, units, memory, helpers)
+    finally:
+        _give_back(memory)
+
+
+def _together(kernel: Callable[[int, int, int, int], None], place: int, units: int,
+              memory: _Memory, helpers: int) -> None:
+    """Run `kernel` here and in `helpers` other threads."""
+    def help_out() -> None:
+        own = _take(memory.nbytes)
+        try:
+            kernel(place, memory.queue, units, own.scratch)
+        except BaseException:
+            memory.next_unit.value = units          # the others need not go on
+            raise
+        finally:
+            _give_back(own)
+
+    _hire(helpers)
+    _local.inside = True
+    invitations: list[_Invitation] = []
+    try:
+        # helpers that are busy for long come too late for short calls, which must not pile up
+        for _ in range(helpers if _invitations.qsize() < MANY_INVITATIONS else 0):
+            invitations.append(_Invitation(help_out))
+            _invitations.put(invitations[-1])
+        kernel(place, memory.queue, units, memory.scratch)
+    except BaseException:
+        memory.next_unit.value = units
+        raise
+    finally:
+        try:
+            _wait(invitations)
+        finally:
+            _local.inside = False
+    for invitation in invitations:
+        if invitation.error is not None:
+            raise invitation.error
+
+
+def _wait(invitations: list[_Invitation]) -> None:
+    """Wait for those who help; an interrupt must not leave them writing to memory that is gone."""
+    interrupt = None
+    for invitation in invitations:
+        if not invitation.withdraw():
+            while not invitation.finished:
+                try:
+                    invitation.over.acquire()
+                except BaseException as error:
+                    interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _take(nbytes: int) -> _Memory:
+    """Return memory that nobody uses, this thread's own of last time if that is large enough."""
+    spare = _local.spare
+    if spare:
+        memory = spare.pop()
+        if memory.nbytes >= nbytes:
+            return memory
+    return _Memory(nbytes)
+
+
+def _give_back(memory: _Memory) -> None:
+    if memory.nbytes <= KEPT_BYTES and not _local.spare:
+        _local.spare.append(memory)
+
+
+def _hire(count: int) -> None:
+    """Have `count` helpers at least; they stay."""
+    if len(_helpers) < count:
+        with _lock:
+            while len(_helpers) < count:
+                helper = threading.Thread(target=_serve, args=(_invitations,), daemon=True,
+                                          name=f"pyattn_{len(_helpers)}")
+                helper.start()
+                _helpers.append(helper)
+
+
+def _serve(invitations: queue.SimpleQueue[_Invitation]) -> None:
+    """Help whoever asks, until the process ends."""
+    _local.inside = True
+    while True:
+        invitations.get().accept()
 
 
 def _after_fork() -> None:
-    """Threads do not survive a fork, and the lock may have been held by one of them."""
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None
+    """Threads do not survive a fork, and what they held stays held."""
+    global _lock, _invitations
+    _lock, _invitations = threading.Lock(), queue.SimpleQueue()
+    _helpers.clear()
+    _local.inside = False
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def run(work: Callable[[int, int, Any], None], count: int, chunk: int,
-        scratch: Callable[[], Any] = lambda: None) -> None:
-    """Call ``work(first, last, memory)`` for chunks that make up ``range(count)``.
-
-    `memory` is made by `scratch` once per thread that takes part. An exception of any chunk is
-    raised here, after the other threads have stopped.
-    """
-    chunks = -(-count // chunk)
-    if chunks <= 1:
-        if chunks:
-            work(0, count, scratch())
-        return
-    taken = itertools.count()
-    failed = False
-
-    def take() -> None:
-        nonlocal failed
-        memory = scratch()
-        try:
-            while not failed and (number := next(taken)) < chunks:
-                work(number * chunk, min(number * chunk + chunk, count), memory)
-        except BaseException:
-            failed = True
-            raise
-
-    pool, helpers = _helpers()
-    others = [pool.submit(take) for _ in range(min(helpers, chunks - 1))] if pool else []
-    try:
-        take()
-    finally:
-        # those that have not started by now would find nothing to do
-        late = [other.cancel() for other in others]
-        errors = [other.exception() for other, gone in zip(others, late, strict=True) if not gone]
-    for error in errors:
-        if error is not None:
-            raise error

@@ -14,10 +14,13 @@ def add(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "warmup", help="compile the usual kernels into the cache",
-        description="Run attention forward and backward on tiny arrays, so that Numba compiles its "
-                    "kernels and keeps them on disk; later processes load them.")
+        description="Run attention forward and backward on tiny arrays, so that Numba compiles the "
+                    "CPU kernels and they are kept on disk; later processes load them. "
+                    "PYATTN_CACHE_DIR says where; `pyattn info` shows it.")
     parser.add_argument("--dtype", action="append", choices=DTYPES,
                         help="only for this dtype (may be given again); default: all")
+    parser.add_argument("--tune", action="store_true",
+                        help="measure, too, how work is best cut on this CPU, and keep the figures")
     parser.set_defaults(run=run)
 
 
@@ -32,7 +35,28 @@ def run(args: argparse.Namespace) -> int:
             _compile(dtype, _OPTIONS[name]())
             bar.advance(text=f"{dtype} {name}")
     print(f"{len(jobs)} calls in {time.perf_counter() - began:.1f} s")
+    if args.tune:
+        _tune()
     return 0
+
+
+def _tune() -> None:
+    """Measure the tuning table on one thread and keep it."""
+    from pyattn.kernels.cpu import tuning
+    from pyattn.threads import get_num_threads, set_num_threads
+
+    from .progress import progress
+    from .tune import measure
+
+    usual = get_num_threads()
+    set_num_threads(1)
+    try:
+        with progress("measuring", total=len(tuning.CANDIDATES) * len(tuning.KINDS)) as bar:
+            found = measure(lambda text: bar.advance(text=text))
+    finally:
+        set_num_threads(usual)
+    print(found)
+    print(f"kept in {tuning.save(found) or 'no file: there is no folder for it'}")
 
 
 def _terms() -> dict[str, Any]:

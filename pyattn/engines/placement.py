@@ -14,6 +14,9 @@ from ..checks import OptionError, ShapeError, require_broadcast
 
 ALIGNMENTS = ("bottom_right", "top_left")
 
+SHARED_ITEMS = 1024
+"""Placements of at most so many batch items are kept between calls, 12 KB each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -44,6 +47,14 @@ class Placement:
         """Position of query 0, int32 (B,)."""
         return np.zeros_like(self.q_lengths) if self.top_left else self.kv_lengths - self.q_lengths
 
+    @functools.cached_property
+    def mask_offset(self) -> int | np.ndarray | None:
+        """`offset` as masks are compiled for it: None for m - n, one integer where all agree."""
+        if self.segments is not None or (self.offset == self.m - self.n).all():
+            return None
+        alike = (self.offset == self.offset[0]).all()
+        return int(self.offset[0]) if alike else self.offset.reshape(self.batch)
+
     @property
     def distance_origin(self) -> int:
         """The smallest distance, key position - query position, that can occur."""
@@ -54,7 +65,7 @@ class Placement:
         """All N + M - 1 distances that can occur, ascending."""
         return np.arange(max(self.n + self.m - 1, 0)) + self.distance_origin
 
-    @functools.cached_property
+    @property
     def q_positions(self) -> np.ndarray:
         """int32 (1 or B, N)."""
         if self.segments is None:
@@ -63,14 +74,14 @@ class Placement:
         start = [0 if self.top_left else k - q for q, k in zip(queries, keys, strict=True)]
         return _restarting(queries) + np.repeat(start, queries).astype(np.int32)[None]
 
-    @functools.cached_property
+    @property
     def k_positions(self) -> np.ndarray:
         """int32 (1, M)."""
         if self.segments is None:
             return np.arange(self.m, dtype=np.int32)[None]
         return _restarting(self.segments[1])
 
-    @functools.cached_property
+    @property
     def streams(self) -> np.ndarray:
         """Which sequence each query is of, int32 (B, N): dropout draws anew for each."""
         items = np.arange(math.prod(self.batch), dtype=np.int32)[:, None]
@@ -80,16 +91,13 @@ class Placement:
         segment = np.repeat(np.arange(len(queries), dtype=np.int32), queries)
         return items * np.int32(len(queries)) + segment[None]
 
-
     def compile(self, mask: masks.Mask) -> masks.BlockMask:
         """Compile a mask over positions for where the tokens of this call stand."""
         if self.segments is not None:
             mask = masks.packed(mask, *self.segments, self.alignment)
-        elif self.offset.size and (self.offset != self.m - self.n).any():
-            alike = (self.offset == self.offset[0]).all()
-            offset = int(self.offset[0]) if alike else self.offset.reshape(self.batch)
-            return mask.compile(self.n, self.m, offset=offset)
-        return mask.compile(self.n, self.m)
+        # where all is allowed, lengths need no compilation of their own
+        offset = None if isinstance(mask, masks.full) else self.mask_offset
+        return mask.compile(self.n, self.m, offset=offset)
 
 
 def _restarting(lengths: tuple[int, ...]) -> np.ndarray:
@@ -103,12 +111,25 @@ def place(batch: tuple[int, ...], n: int, m: int, alignment: str, q_lengths: Any
     """Check the lengths or segments of a call and place its tokens."""
     if alignment not in ALIGNMENTS:
         raise OptionError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+    given = q_lengths is not None or kv_lengths is not None or segments is not None
+    if not given and math.prod(batch) <= SHARED_ITEMS:
+        return _unpadded(batch, n, m, alignment)
     if segments is not None:
         if q_lengths is not None or kv_lengths is not None:
             raise OptionError("segments cannot be combined with q_lengths or kv_lengths")
         segments = _segments(segments, n, m)
     return Placement(batch, n, m, alignment, _lengths("q_lengths", q_lengths, batch, n),
                      _lengths("kv_lengths", kv_lengths, batch, m), segments)
+
+
+@functools.lru_cache(256)
+def _unpadded(batch: tuple[int, ...], n: int, m: int, alignment: str) -> Placement:
+    """Place whole sequences: one record for all calls of a shape, so no one may write to it."""
+    placement = Placement(batch, n, m, alignment, _lengths("q_lengths", None, batch, n),
+                          _lengths("kv_lengths", None, batch, m), None)
+    for array in (placement.q_lengths, placement.kv_lengths, placement.offset):
+        array.flags.writeable = False
+    return placement
 
 
 def _integers(name: str, value: Any) -> np.ndarray:

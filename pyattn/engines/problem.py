@@ -1,17 +1,39 @@
-"""The one frozen record that the softmax engine hands to a kernel module.
+"""The one frozen record that the softmax engine hands to a kernel module, and what it asks of one.
 
 Letters: B batch items (all leading axes in one), H query heads, G key/value heads (H a multiple of
 G; head h reads h // (H // G)), N queries, M keys, D width of q and k, E width of v and out.
+
+A kernel module for this engine, ``pyattn.kernels.<backend>.softmax``, has five functions:
+
+``refuses(problem)``
+    Why it cannot run this problem, or None.
+``forward(problem)``
+    ``(out, lse)``, (B, H, N, E) and (B, H, N). A row that sees no key: out 0, lse -inf (with a
+    sink: the sink).
+``delta(dout, out, lse, dlse)``
+    ``rowsum(dout * out) - dlse``, (B, H, N); 0 where lse is -inf, whatever the others hold there.
+    `dout` and `out` are (B, H, N, E) in the dtype of q, `lse` and `dlse` (may be None) in acc.
+``backward(problem, dout, lse, delta)``
+    Gradients by name: "q", "k", "v", "scale" (H,), and those of bias, gate (in the shape of the
+    term's array) and offsets where given. `lse` and `delta` are those of the merged result.
+``weights(problem, lse)``
+    The probabilities before dropout, (B, H, N, M).
+
+Arrays may be strided views, and are not written to. lse, delta and the gradients of scale and
+offsets come in acc; out, weights and the other gradients in acc or in the dtype of their argument,
+as the kernel likes, but gradients of what is named in `Problem.summed` in acc: they are added up.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..arrays import Array
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +98,15 @@ class Problem:
     """int32 (1 or B, M); likewise."""
     streams: np.ndarray | None = None
     """int32 (1 or B, N): dropout's number of the sequence that a query is of."""
+    summed: tuple[str, ...] = ()
+    """Those of q, k, v that broadcast over batch axes."""
+
+
+def record(kind: type[T], fields: dict[str, Any]) -> T:
+    """Make a frozen dataclass of `fields`; those left out have their defaults, which are constants.
+
+    Its own constructor takes several microseconds, as it sets every field apart.
+    """
+    made = object.__new__(kind)
+    object.__setattr__(made, "__dict__", fields)
+    return made

@@ -9,6 +9,7 @@ for backward: the arguments, the output and the log-sum-exp of each row; scores 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -25,9 +26,11 @@ from ..checks import (
 )
 from ..differentiable import Saved, gradients
 from .placement import Placement, place
-from .problem import Problem, Term
+from .problem import Problem, Term, record
 
 DECISIONS = ("dropout_seed",)
+
+EVERYTHING = masks.full()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +92,20 @@ class SoftmaxSaved(Call):
         problem, xp = _problem(self), arrays.namespace(self.q)
         acc = arrays.accumulator(xp, self.q)
         rows = problem.q.shape[:3]
-        dout = xp.reshape(dout, (*rows, self.v.shape[-1]))
-        lse = xp.reshape(self.lse, rows)
-        delta = _delta(self, xp, dout, lse, dlse)
+        wide = (*rows, self.v.shape[-1])
+        dout, out = arrays.reshape(xp, dout, wide), arrays.reshape(xp, self.out, wide)
+        lse = arrays.reshape(xp, self.lse, rows)
+        if dlse is not None:
+            dlse = arrays.cast(xp, arrays.reshape(xp, dlse, rows), acc)
         kernel = dispatch.kernel("softmax", problem, self.q)
+        delta = _delta(kernel, xp, problem, dout, out, lse, dlse)
         grads = kernel.backward(problem, dout, lse, delta)
 
-        found = {name: _unbroadcast(xp, grads[name], getattr(self, name), self.placement.batch)
-                 for name in ("q", "k", "v")}
-        for name in ("bias", "gate"):
-            if (given := getattr(self, name)) is not None:
-                found[name] = arrays.cast(xp, xp.reshape(grads[name], given.shape), given.dtype)
+        found = {name: _unbroadcast(xp, grads[name], x, self.placement.batch)
+                 for name, x in (("q", self.q), ("k", self.k), ("v", self.v))}
+        for name, x in (("bias", self.bias), ("gate", self.gate)):
+            if x is not None:
+                found[name] = arrays.cast(xp, arrays.reshape(xp, grads[name], x.shape), x.dtype)
         if is_array(self.scale):
             found["scale"] = _summed_to(xp, grads["scale"], self.scale)
         if problem.sinks is not None:
@@ -107,7 +113,7 @@ class SoftmaxSaved(Call):
             share = xp.exp(problem.sinks[None, :, None] - xp.where(lse == -math.inf, math.inf, lse))
             found["sinks"] = _summed_to(xp, -xp.sum(share * delta, axis=(0, 2)), self.sinks)
         if self.offsets is not None:
-            found["offsets"] = xp.astype(grads["offsets"], acc)
+            found["offsets"] = arrays.cast(xp, grads["offsets"], acc)
         return gradients(tuple(found))(**found)
 
 
@@ -123,10 +129,10 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     `offsets` is a function of the distances (key position - query position), an int array, that
     returns the table (1 or H, distances) to add to the scores.
     """
-    batch = _check_operands(q, k, v)
     named = {"q": q, "k": k, "v": v, "bias": bias, "gate": gate, "sinks": sinks,
              "scale": scale if is_array(scale) else None}
     xp = arrays.namespace(*named.values())
+    batch = _check_operands(q, k, v)
     arrays.require_same_device(named)
     heads, n, m = q.shape[-3], q.shape[-2], k.shape[-2]
     for name, term in (("bias", bias), ("gate", gate)):
@@ -147,21 +153,21 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     decisions = _check_decisions(decisions)
     mask = _check_mask(mask, (*batch, heads))
 
-    call = Call(
-        q=q, k=k, v=v, bias=bias, gate=gate, scale=scale, sinks=sinks,
-        offsets=None if offsets is None else offsets(placement.distances), mask=mask,
-        placement=placement, softcap=None if softcap is None else float(softcap),
-        dropout=_check_dropout(dropout), dropout_seed=_seed(dropout, rng, decisions))
+    call = record(Call, {
+        "q": q, "k": k, "v": v, "bias": bias, "gate": gate, "scale": scale, "sinks": sinks,
+        "offsets": None if offsets is None else offsets(placement.distances), "mask": mask,
+        "placement": placement, "softcap": None if softcap is None else float(softcap),
+        "dropout": _check_dropout(dropout), "dropout_seed": _seed(dropout, rng, decisions)})
     problem = _problem(call)
     kernel = dispatch.kernel("softmax", problem, q)
     out, lse = kernel.forward(problem)
     rows = (*batch, heads, n)
-    result = arrays.cast(xp, xp.reshape(out, (*rows, v.shape[-1])), q.dtype)
-    fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
-    saved = SoftmaxSaved(**fields, out=result, lse=xp.reshape(lse, rows))
+    result = arrays.cast(xp, arrays.reshape(xp, out, (*rows, v.shape[-1])), q.dtype)
+    saved = record(SoftmaxSaved, {**vars(call), "out": result,
+                                  "lse": arrays.reshape(xp, lse, rows)})
     extras = [saved.lse] if return_lse else []
     if return_weights:
-        weights = xp.reshape(kernel.weights(problem, lse), (*rows, m))
+        weights = arrays.reshape(xp, kernel.weights(problem, lse), (*rows, m))
         extras.append(arrays.cast(xp, weights, q.dtype))
     return ((result, *extras) if extras else result), saved
 
@@ -173,33 +179,35 @@ def is_array(x: Any) -> bool:
 
 def _check_operands(q: Array, k: Array, v: Array) -> tuple[int, ...]:
     """Check q, k and v; the leading axes that they broadcast to."""
-    arrays.namespace(q, k, v)
-    dtypes = {name: arrays.require_float(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    if len(set(dtypes.values())) > 1:
-        raise DtypeError("q, k and v must share one dtype; got "
-                         + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()))
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim < 3:
+    dtypes = (arrays.require_float("q", q), arrays.require_float("k", k),
+              arrays.require_float("v", v))
+    if not dtypes[0] == dtypes[1] == dtypes[2]:
+        raise DtypeError("q, k and v must share one dtype; got q {}, k {}, v {}".format(*dtypes))
+    return _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+
+
+@functools.lru_cache(1024)
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[int, ...]:
+    shapes = f"q {q}, k {k}, v {v}"
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        if len(shape) < 3:
             raise ShapeError(f"{name} must have at least 3 axes (..., heads, tokens, width); "
-                             f"got {tuple(x.shape)}")
-        if x.shape[-1] == 0:
-            raise ShapeError(f"{name} must have a width of at least 1; got {tuple(x.shape)}")
-    if q.shape[-1] != k.shape[-1]:
-        raise ShapeError(f"k has width {k.shape[-1]} but q has width {q.shape[-1]}; they must be "
-                         f"equal ({shapes})")
-    if k.shape[-2] != v.shape[-2]:
-        raise ShapeError(f"v has {v.shape[-2]} tokens but k has {k.shape[-2]}; they must be equal "
+                             f"got {shape}")
+        if shape[-1] == 0:
+            raise ShapeError(f"{name} must have a width of at least 1; got {shape}")
+    if q[-1] != k[-1]:
+        raise ShapeError(f"k has width {k[-1]} but q has width {q[-1]}; they must be equal "
                          f"({shapes})")
-    if k.shape[-3] != v.shape[-3]:
-        raise ShapeError(f"v has {v.shape[-3]} heads but k has {k.shape[-3]}; they must be equal "
-                         f"({shapes})")
-    heads, groups = q.shape[-3], k.shape[-3]
+    if k[-2] != v[-2]:
+        raise ShapeError(f"v has {v[-2]} tokens but k has {k[-2]}; they must be equal ({shapes})")
+    if k[-3] != v[-3]:
+        raise ShapeError(f"v has {v[-3]} heads but k has {k[-3]}; they must be equal ({shapes})")
+    heads, groups = q[-3], k[-3]
     if (groups == 0 and heads > 0) or (groups > 0 and heads % groups):
         raise ShapeError(f"q has {heads} heads, which must be a multiple of the {groups} heads of "
                          f"k and v ({shapes})")
     try:
-        return np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        return np.broadcast_shapes(q[:-3], k[:-3], v[:-3])
     except ValueError:
         raise ShapeError(f"the leading axes of q, k and v must broadcast ({shapes})") from None
 
@@ -225,10 +233,12 @@ def _check_dropout(dropout: float) -> float:
 
 
 def _check_decisions(decisions: dict[str, Any] | None) -> dict[str, Any]:
-    unknown = sorted(set(decisions or ()) - set(DECISIONS))
+    if decisions is None:
+        return {}
+    unknown = sorted(set(decisions) - set(DECISIONS))
     if unknown:
         raise OptionError(f"decisions may hold {', '.join(DECISIONS)}; got {', '.join(unknown)}")
-    return decisions or {}
+    return decisions
 
 
 def _seed(dropout: float, rng: Any, decisions: dict[str, Any]) -> int | None:
@@ -241,7 +251,7 @@ def _seed(dropout: float, rng: Any, decisions: dict[str, Any]) -> int | None:
 
 def _check_mask(mask: Any, rows: tuple[int, ...]) -> masks.Mask:
     if mask is None:
-        return masks.full()
+        return EVERYTHING
     if not isinstance(mask, masks.Mask):
         mask = masks.dense(arrays.to_host(mask))
     require_broadcast("the leading axes of mask", mask.lead, rows, "(..., H)")
@@ -250,32 +260,58 @@ def _check_mask(mask: Any, rows: tuple[int, ...]) -> masks.Mask:
 
 def _problem(call: Call) -> Problem:
     """The kernel's view of a call: leading axes in one, every option in its neutral form."""
-    xp, placement = arrays.namespace(call.q), call.placement
-    acc, heads = arrays.accumulator(xp, call.q), call.q.shape[-3]
+    q, placement = call.q, call.placement
+    xp, batch, heads = arrays.namespace(q), placement.batch, q.shape[-3]
+    acc = arrays.accumulator(xp, q)
     blocks = placement.compile(call.mask)
-    layout = np.broadcast_to(blocks.layout, (*placement.batch, heads))
-    scale = (xp.broadcast_to(xp.astype(call.scale, acc), (heads,)) if is_array(call.scale)
-             else xp.full((heads,), call.scale, dtype=acc, device=arrays.device(call.q)))
-    sinks = None if call.sinks is None else xp.broadcast_to(xp.astype(call.sinks, acc), (heads,))
-    positions: dict[str, Any] = {}
+    fields = {
+        "q": _flat(xp, q, batch), "k": _flat(xp, call.k, batch), "v": _flat(xp, call.v, batch),
+        "scale": _per_head(xp, call.scale, heads, acc, q), "blocks": blocks,
+        "layout": _layout(blocks.layout, batch, heads), "q_lengths": placement.q_lengths,
+        "kv_lengths": placement.kv_lengths, "softcap": call.softcap,
+        "bias": _term(xp, call.bias, batch), "gate": _term(xp, call.gate, batch),
+        "offsets": call.offsets, "dropout": call.dropout, "dropout_seed": call.dropout_seed or 0}
+    if not q.shape[:-3] == call.k.shape[:-3] == call.v.shape[:-3]:
+        operands = (("q", q), ("k", call.k), ("v", call.v))
+        fields["summed"] = tuple(name for name, x in operands if _shared_axes(x, batch))
+    if call.sinks is not None:
+        fields["sinks"] = _per_head(xp, call.sinks, heads, acc, q)
     if call.offsets is not None or call.dropout:
-        positions = {"q_positions": placement.q_positions, "k_positions": placement.k_positions,
-                     "streams": placement.streams, "offset_origin": placement.distance_origin}
-    return Problem(
-        q=_flat(xp, call.q, placement.batch), k=_flat(xp, call.k, placement.batch),
-        v=_flat(xp, call.v, placement.batch), scale=scale, blocks=blocks,
-        layout=layout.reshape(math.prod(placement.batch), heads), q_lengths=placement.q_lengths,
-        kv_lengths=placement.kv_lengths, softcap=call.softcap,
-        bias=_term(xp, call.bias, placement.batch), gate=_term(xp, call.gate, placement.batch),
-        offsets=call.offsets, sinks=sinks, dropout=call.dropout,
-        dropout_seed=call.dropout_seed or 0, **positions)
+        fields |= {"q_positions": placement.q_positions, "k_positions": placement.k_positions,
+                   "streams": placement.streams, "offset_origin": placement.distance_origin}
+    return record(Problem, fields)
+
+
+def _layout(layout: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
+    if layout.size == 1:
+        return np.zeros((math.prod(batch), heads), np.int32)      # there is only number 0
+    return np.broadcast_to(layout, (*batch, heads)).reshape(math.prod(batch), heads)
+
+
+def _per_head(xp: Any, value: Array | float, heads: int, acc: Any, like: Array) -> Array:
+    """A number, or an array that broadcasts to (H,), as (H,) in the dtype `acc`."""
+    if is_array(value):
+        return xp.broadcast_to(arrays.cast(xp, value, acc), (heads,))
+    if type(like) is np.ndarray:
+        return _filled(heads, value, acc)
+    return xp.full((heads,), value, dtype=acc, device=arrays.device(like))
+
+
+@functools.lru_cache(256)
+def _filled(size: int, value: float, dtype: Any) -> np.ndarray:
+    """Return a read-only array of one value, shared by the calls that need it."""
+    array = np.full(size, value, dtype)
+    array.flags.writeable = False
+    return array
 
 
 def _flat(xp: Any, x: Array, batch: tuple[int, ...]) -> Array:
     """(..., H, N, D) as (B, H, N, D): a view unless broadcast axes cannot be merged in place."""
     if x.shape[:-3] != batch:
         x = xp.broadcast_to(x, (*batch, *x.shape[-3:]))
-    return x if len(batch) == 1 else xp.reshape(x, (math.prod(batch), *x.shape[-3:]))
+    if len(batch) == 1:
+        return x
+    return arrays.reshape(xp, x, (math.prod(batch), *x.shape[-3:]))
 
 
 def _term(xp: Any, x: Array | None, batch: tuple[int, ...]) -> Term | None:
@@ -290,12 +326,19 @@ def _term(xp: Any, x: Array | None, batch: tuple[int, ...]) -> Term | None:
 
 def _unbroadcast(xp: Any, gradient: Array, x: Array, batch: tuple[int, ...]) -> Array:
     """The gradient (B, ...) in the shape and dtype of `x`, summed over axes that it broadcast."""
-    gradient = xp.reshape(gradient, (*batch, *x.shape[-3:]))
-    own = (1,) * (len(batch) + 3 - x.ndim) + tuple(x.shape[:-3])
-    shared = tuple(axis for axis, size in enumerate(own) if size != batch[axis])
+    shared = _shared_axes(x, batch)
     if shared:
+        gradient = arrays.reshape(xp, gradient, (*batch, *x.shape[-3:]))
         gradient = xp.sum(gradient, axis=shared)
-    return arrays.cast(xp, xp.reshape(gradient, x.shape), x.dtype)
+    return arrays.cast(xp, arrays.reshape(xp, gradient, x.shape), x.dtype)
+
+
+def _shared_axes(x: Array, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of `batch` along which `x` is repeated."""
+    if x.shape[:-3] == batch:
+        return ()
+    own = (1,) * (len(batch) + 3 - x.ndim) + tuple(x.shape[:-3])
+    return tuple(axis for axis, size in enumerate(own) if size != batch[axis])
 
 
 def _summed_to(xp: Any, per_head: Array, x: Array) -> Array:
@@ -305,18 +348,12 @@ def _summed_to(xp: Any, per_head: Array, x: Array) -> Array:
     return arrays.cast(xp, xp.reshape(per_head, x.shape), x.dtype)
 
 
-def _delta(saved: SoftmaxSaved, xp: Any, dout: Array, lse: Array, dlse: Array | None) -> Array:
-    """rowsum(dout * out) - dlse; 0 for rows that see no key, whatever dout holds there."""
-    acc = arrays.accumulator(xp, saved.q)
-    out = xp.reshape(saved.out, dout.shape)
-    seen = lse != -math.inf
-    if saved.sinks is not None:
-        sinks = xp.broadcast_to(xp.astype(saved.sinks, acc), (lse.shape[1],))
-        seen = seen & (lse != sinks[None, :, None])
-    with np.errstate(all="ignore"):
-        product = xp.sum(xp.astype(dout, acc) * xp.astype(out, acc), axis=-1)
-        delta = xp.where(seen, product, 0.0)
-        if dlse is not None:
-            dlse = xp.reshape(xp.astype(dlse, acc), lse.shape)
-            delta = xp.where(lse != -math.inf, delta - dlse, 0.0)
-    return delta
+def _delta(kernel: Any, xp: Any, problem: Problem, dout: Array, out: Array, lse: Array,
+           dlse: Array | None) -> Array:
+    """rowsum(dout * out) - dlse; rows that see no key take nothing from what dout holds there."""
+    if problem.sinks is None:
+        return kernel.delta(dout, out, lse, dlse)
+    # such a row has the sink for its lse, and may have a gradient of that
+    blind = lse == problem.sinks[None, :, None]
+    delta = kernel.delta(dout, out, xp.where(blind, -math.inf, lse), dlse)
+    return delta if dlse is None else xp.where(blind & (lse != -math.inf), -dlse, delta)

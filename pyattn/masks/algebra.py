@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -135,10 +136,11 @@ class Mask:
         >>> masks.causal().compile(256, 256).tiles
         Tiles(full=6, partial=4, empty=6)
         """
-        from .compile import compile_mask
+        if offset is None:
+            return _compiler()(self, n, m)
         from .placement import placed
 
-        return compile_mask(self if offset is None else placed(self, offset), n, m)
+        return _compiler()(placed(self, offset), n, m)
 
     def dense(self, n: int, m: int, *, offset: Any = None) -> np.ndarray:
         """Return the mask as a boolean array, shape ``lead + (n, m)``; True = may attend."""
@@ -224,6 +226,10 @@ class Mask:
         return self is other or (isinstance(other, Mask) and self._key == other._key)
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash(self._key)
 
     def __repr__(self) -> str:
@@ -238,6 +244,14 @@ class Mask:
         """Write checked fields while the frozen dataclass is being made."""
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+
+@functools.cache
+def _compiler() -> Callable[[Mask, int, int], BlockMask]:
+    """Return `compile_mask`, whose module builds on this one; looked up once, as that is slow."""
+    from .compile import compile_mask
+
+    return compile_mask
 
 
 def host_array(value: Any) -> np.ndarray:
@@ -272,8 +286,11 @@ def _flat(kind: type[And | Or], *masks: Mask) -> tuple[Mask, ...]:
 
 def broadcast_leads(*masks: Mask) -> tuple[int, ...]:
     """Return the leading axes of several masks together, or raise ShapeError."""
+    distinct = {mask.lead for mask in masks}
+    if len(distinct) == 1:
+        return distinct.pop()
     try:
-        return np.broadcast_shapes(*(mask.lead for mask in masks))
+        return np.broadcast_shapes(*distinct)
     except ValueError:
         leads = ", ".join(f"{mask!r} has {mask.lead}" for mask in masks)
         raise ShapeError(f"leading axes of combined masks must broadcast; {leads}") from None

@@ -12,6 +12,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from ..checks import require_integer
 from .algebra import FULL, PARTIAL, Mask
 from .bits import LANES, TILE, low_bits, spans, tiles_of, transpose
 from .block_mask import BlockMask, Built, Runs
@@ -33,10 +34,11 @@ class Cache:
     def get(self, key: tuple[Mask, int, int]) -> BlockMask | None:
         """Return what was put under `key`, or None."""
         with self._lock:
-            if key not in self._kept:
+            found = self._kept.get(key)
+            if found is None:
                 return None
             self._kept.move_to_end(key)
-            return self._kept[key][0]
+            return found[0]
 
     def put(self, key: tuple[Mask, int, int], blocks: BlockMask) -> BlockMask:
         """Keep `blocks` unless another thread was first; return the one that is kept."""
@@ -63,10 +65,9 @@ cache = Cache(256 * 2**20)
 
 def compile_mask(mask: Mask, n: int, m: int) -> BlockMask:
     """Compile `mask` for n queries and m keys, or find it in the cache."""
-    frame = bottom_right(n, m)
-    key = (mask, frame.n, frame.m)
-    found = cache.get(key)
-    return cache.put(key, _compile(mask, frame)) if found is None else found
+    n, m = require_integer("n", n, minimum=0), require_integer("m", m, minimum=0)
+    found = cache.get((mask, n, m))
+    return cache.put((mask, n, m), _compile(mask, bottom_right(n, m))) if found is None else found
 
 
 def _compile(mask: Mask, frame: PlainFrame) -> BlockMask:

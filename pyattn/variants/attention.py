@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from ..arrays import Array
 from ..checks import OptionError, require_broadcast, require_choice, require_integer
 from ..differentiable import Saved, differentiable, gradients
 from ..engines import softmax
+
+CAUSAL = masks.causal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +186,7 @@ def attention(q: Array, k: Array, v: Array, *, mask: Any = None, bias: Array | N
 def _pattern(causal: bool | str, window: Any) -> masks.Mask:
     """The mask that `causal` and `window` describe together."""
     if window is None:
-        return masks.causal()
+        return CAUSAL
     pair = window if isinstance(window, tuple | list) else (window, window)
     if len(pair) != 2:
         raise OptionError(f"window must be an integer or a pair (left, right); got {window}")
@@ -194,6 +197,12 @@ def _pattern(causal: bool | str, window: Any) -> masks.Mask:
         if isinstance(window, tuple | list) and right not in (None, 0):
             raise OptionError(f"a causal window reaches to the left only; got window={window}")
         right = 0
+    return _window(left, right)
+
+
+@functools.lru_cache(256)
+def _window(left: int | None, right: int | None) -> masks.Mask:
+    """Make the mask once: equal masks are found faster when they are the same object."""
     return masks.window(left, right)
 
 

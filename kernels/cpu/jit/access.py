@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, types
+from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 from numba.np.numpy_support import from_dtype
 
-from ..compile import part
-from ..records import JOB, PACK
+from ..records import DELTA, JOB, PACK
 
 
 def record_at(dtype: np.dtype) -> Any:
@@ -71,11 +72,48 @@ def rounded(context, x, unit):
     return unit(types.float64, unit), cast
 
 
-@part
-def numbers(place, count, like):
+@intrinsic
+def numbers(context, place, count, like):
     """Return the `count` numbers from address `place` on, as an array."""
-    return carray(pointer(place, like), (count,))
+    kind = types.Array(like, 1, "C")
+
+    def view(context, builder, signature, values):
+        array = context.make_array(kind)(context, builder)
+        size = context.get_constant(types.intp, like.bitwidth // 8)
+        populate_array(array, data=builder.inttoptr(values[0], array.data.type),
+                       shape=[values[1]], strides=[size], itemsize=size, meminfo=None)
+        return array._getvalue()
+
+    return kind(types.int64, types.int64, like), view
 
 
+@intrinsic
+def fetch_add(context, place, count):
+    """Add `count` to the int64 at address `place`, and return what it was; threads take turns."""
+    def add(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], values[1].type.as_pointer())
+        return builder.atomic_rmw("add", pointer, values[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), add
+
+
+@intrinsic
+def widened(context, place, unit, operand):
+    """Return the operand at address `place` as a number of the type of `unit`."""
+    def read(context, builder, signature, values):
+        kind = context.get_data_type(operand)
+        pointer = builder.inttoptr(values[0], kind.as_pointer())
+        x = builder.load(pointer, align=operand.bitwidth // 8, typ=kind)
+        if operand == unit:
+            return x
+        # bfloat16 is the upper half of float32
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(x, word), word(16)),
+                               context.get_value_type(unit))
+
+    return unit(types.int64, unit, operand), read
+
+
+delta_at = record_at(DELTA)
 job_at = record_at(JOB)
 pack_at = record_at(PACK)

@@ -1,17 +1,25 @@
 """Flash attention, backward: the weights are computed again, tile by tile, from lse.
 
     weights p = gate * exp(score - lse)      dscore = p * (dout v^T - delta)
+    dv += p^T dout      dk += dscore^T q     dq += dscore k
 
-Two passes, and no two threads write to one place. `rows` owns 64 queries and walks its row of key
-tiles for dq; `columns` owns 64 keys and walks its column of query tiles, through all heads of the
-group, for dk and dv. A pass packs as a whole what it streams, and for itself what it owns, so at
-most three packed copies live at once.
+A tile of 64 keys walks its column of query tiles, through all heads of the group, with its dk and
+dv at hand. Every tile adds to a dq that other key tiles add to as well, so the work is laid out as
+a square of chunks of keys and chunks of queries, done a diagonal at a time:
 
-The gradient of a bias or gate is kept in the term's own shape, and whatever unit of work owns a
-part of it also sums over the axes it was broadcast along, in a fixed order: `rows` where the term
-has a query axis, else `columns` where it has a key axis. Where it has neither, `rows` leaves a sum
-per tile. `pairs` lists, unit by unit, the (batch, head) pairs that share such an owner. The offset
-table is summed in float64, one copy per unit.
+    queries ->  0 1 2 3        In phase p, key chunk c meets query chunk (c + p) mod chunks.
+    keys  0     0 1 2 3        No two units of a phase share a row or a column of the square, so
+          1     3 0 1 2        each owns what it adds to, and every sum has one order, however
+          2     2 3 0 1        many threads there are.
+          3     1 2 3 0
+
+Where there are groups enough there is one chunk, and the whole backward is one phase.
+
+A bias or gate that is broadcast ties (batch, group) pairs together: those that add to the same
+numbers belong to one `piece`, which takes them in order, or have copies of them to add to. Each
+gradient is kept in its term's own shape, summed over the axes that it was broadcast along; where
+that leaves neither queries nor keys it is a sum per (batch, head) and chunk. The offset table is
+summed in float64, a copy per piece and chunk.
 """
 
 from __future__ import annotations
@@ -21,14 +29,15 @@ import math
 import numpy as np
 
 from ..compile import kernel, part
-from .access import job_at, load, numbers, store
+from .access import delta_at, fetch_add, job_at, load, numbers, rounded, store
 from .masking import (
+    ALL,
     ONE,
     STRAIGHT,
     TRANSPOSED,
     allowed,
-    bit_tile,
     exact_product,
+    next_tiles,
     runs_of,
 )
 from .packing import NOWHERE, TILE, pack_tile
@@ -41,201 +50,369 @@ from .terms import (
     query_position,
     term_row,
 )
-from .vector import exp_sum, gemm, select
+from .vector import (
+    convert_rows,
+    differentiate,
+    dots,
+    enter_tiles,
+    exp_rows,
+    leave_tiles,
+    multiply,
+    pair_rounded,
+    round_row,
+    row_dots,
+    select,
+    write_rows,
+)
 
-SQUARE = TILE * TILE
-WORD = np.int64(8)
-
-
-def scratch_bytes(d_padded: int, e_padded: int, size: int) -> int:
-    """Return how much memory a thread needs, in either pass."""
-    return (2 * TILE * (d_padded + e_padded) + 4 * SQUARE + 3 * TILE) * size + TILE * 8
+STEP = np.int64(1)
 
 
 @kernel
-def rows_pass(place, first, last, scratch, unit):
-    """Compute dq, the scale's gradient, and what the rows of tiles own of the terms' gradients."""
+def prepare(place, queue, units, scratch, unit, operand):
+    """Pack blocks of queries with what belongs to them, and clear the sums of dq."""
     job = job_at(place)
-    size = job.size
-    q = scratch
-    dout = q + TILE * job.d_padded * size
-    dq_at = dout + TILE * job.e_padded * size
-    square = dq_at + TILE * job.d_padded * size
-    dq = numbers(dq_at, TILE * job.d_padded, unit)
-    for task in range(first, last):
-        component, part = divmod(task, job.slices)
-        pair = load(job.pair_start + 8 * component, np.int64(0))
-        pairs = load(job.pair_start + 8 * component + 8, np.int64(0)) - pair
-        t_first = part * job.row_tiles // job.slices
-        t_last = (part + 1) * job.row_tiles // job.slices
+    task = fetch_add(queue, STEP)
+    while task < units:
+        head, t = divmod(task, job.row_tiles)
+        b, h = divmod(head, job.heads)
+        prepare_tile(job, b, h, t, unit, operand)
+        task = fetch_add(queue, STEP)
+
+
+@kernel
+def backward(place, queue, units, scratch, unit, operand):
+    """Do a phase; a unit is a chunk of keys of a piece."""
+    job = job_at(place)
+    shared = job.heads // job.groups
+    enter_tiles(unit, operand)
+    task = fetch_add(queue, STEP)
+    while task < units:
+        piece, chunk = divmod(task, job.chunks)
+        other = (chunk + job.phase) % job.chunks
+        rows_first = other * job.row_tiles // job.chunks
+        rows_last = (other + 1) * job.row_tiles // job.chunks
         table = job.doffsets + task * job.doffsets_unit if job.doffsets else NOWHERE
-        for step in range((t_last - t_first) * pairs):
-            t = t_first + step // pairs
-            head = load(job.pairs + 8 * (pair + step % pairs), np.int64(0))
-            b, h = divmod(head, job.heads)
-            group = b * job.groups + h // (job.heads // job.groups)
-            rows = min(load(job.q.lengths + 4 * b, np.int32(0)) - t * TILE, TILE)
-            keys = np.int64(load(job.k.lengths + 4 * b, np.int32(0)))
-            key_tiles = -(-keys // TILE) if rows > 0 else 0
-            dq[:] = 0
-            pack_tile(job.q, b, h, t, q, NOWHERE, unit)
-            pack_tile(job.dout, b, h, t, dout, NOWHERE, unit)
-            start, stop = runs_of(job.rows, load(job.layout + 4 * head, np.int32(0)), t)
-            for run in range(start, stop):
-                run_first = np.int64(load(job.rows.first + 4 * run, np.int32(0)))
-                run_stop = run_first + load(job.rows.count + 4 * run, np.int32(0))
-                for tile in range(run_first, min(run_stop, key_tiles)):
-                    count = min(TILE, keys - tile * TILE)
-                    name = bit_tile(job.rows, run, tile - run_first)
-                    packed = group * job.key_tiles + tile
-                    masked = gradient_tile(job, b, h, t * TILE, tile * TILE, rows, count, name,
-                                           q, job.k.columns + packed * job.d * TILE * size,
-                                           dout, job.v.columns + packed * job.e * TILE * size,
-                                           square, table, unit)
-                    strange = load(job.k.notes + packed, np.uint8(0)) != 0
-                    add_product(job, STRAIGHT, strange and masked, rows, count, job.d,
-                                job.d_padded, square, square + SQUARE * size,
-                                job.k.rows + packed * TILE * job.d_padded * size, dq_at, unit)
-            write_dq(job, b, h, t, rows, dq, unit)
-
-
-@part
-def write_dq(job, b, h, t, rows, dq, unit):
-    """Write a tile's dq, and the sum of dscore * (q.k) = q.dq before dq is scaled."""
-    size = job.size
-    scale = load(job.scale + h * size, unit)
-    dscale = 0.0
-    for r in range(min(TILE, job.n - t * TILE)):
-        i = t * TILE + r
-        place = (b * job.heads + h) * job.n + i
-        alive = r < rows and load(job.lse + place * size, unit) != -math.inf
-        q = job.q.at + b * job.q.b + h * job.q.h + i * job.q.n
-        for x in range(job.d):
-            value = dq[r * job.d_padded + x] if alive else unit - unit
-            # a row that sees no key may hold anything, and its lse may be a sink
-            if value != 0:
-                dscale += np.float64(value) * np.float64(load(q + x * job.q.d, unit))
-            store(job.dq + (place * job.d + x) * size, value * scale)
-    store(job.dscale + ((b * job.heads + h) * job.row_tiles + t) * 8, dscale)
+        copy = load(job.piece_slice + 8 * piece, np.int64(0))
+        for pair in range(load(job.piece_start + 8 * piece, np.int64(0)),
+                          load(job.piece_start + 8 * piece + 8, np.int64(0))):
+            b, g = divmod(load(job.pairs + 8 * pair, np.int64(0)), job.groups)
+            if job.chunks == 1:
+                for block in range(shared * job.row_tiles):
+                    h, t = g * shared + block // job.row_tiles, block % job.row_tiles
+                    prepare_tile(job, b, h, t, unit, operand)
+            for t in range(chunk * job.key_tiles // job.chunks,
+                           (chunk + 1) * job.key_tiles // job.chunks):
+                column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, unit,
+                       operand)
+            if job.chunks == 1:
+                for block in range(shared * job.row_tiles):
+                    h, t = g * shared + block // job.row_tiles, block % job.row_tiles
+                    finish_tile(job, b, h, t, scratch, unit)
+        task = fetch_add(queue, STEP)
+    leave_tiles(unit, operand)
 
 
 @kernel
-def columns_pass(place, first, last, scratch, unit):
-    """Compute dk, dv, and what the columns of tiles own of the terms' gradients."""
+def finish(place, queue, units, scratch, unit, operand):
+    """Write dq and the gradient of the scale."""
     job = job_at(place)
-    size = job.size
-    keys_t = scratch
-    values_t = keys_t + TILE * job.d_padded * size
-    dk_at = values_t + TILE * job.e_padded * size
-    dv_at = dk_at + TILE * job.d_padded * size
-    square = dv_at + TILE * job.e_padded * size
-    dk = numbers(dk_at, TILE * job.d_padded, unit)
-    dv = numbers(dv_at, TILE * job.e_padded, unit)
-    shared_by = job.heads // job.groups
-    for task in range(first, last):
-        component, t = divmod(task, job.key_tiles)
-        for pair in range(load(job.pair_start + 8 * component, np.int64(0)),
-                          load(job.pair_start + 8 * component + 8, np.int64(0))):
-            group = load(job.pairs + 8 * pair, np.int64(0))
-            b, g = divmod(group, job.groups)
-            queries = np.int64(load(job.q.lengths + 4 * b, np.int32(0)))
-            count = min(TILE, load(job.k.lengths + 4 * b, np.int32(0)) - t * TILE)
-            query_tiles = -(-queries // TILE) if count > 0 else 0
-            dk[:] = 0
-            dv[:] = 0
-            pack_tile(job.k, b, g, t, NOWHERE, keys_t, unit)
-            pack_tile(job.v, b, g, t, NOWHERE, values_t, unit)
-            for h in range(g * shared_by, (g + 1) * shared_by):
-                head = b * job.heads + h
-                start, stop = runs_of(job.columns, load(job.layout + 4 * head, np.int32(0)), t)
-                for run in range(start, stop):
-                    run_first = np.int64(load(job.columns.first + 4 * run, np.int32(0)))
-                    run_stop = run_first + load(job.columns.count + 4 * run, np.int32(0))
-                    for tile in range(run_first, min(run_stop, query_tiles)):
-                        rows = min(TILE, queries - tile * TILE)
-                        name = bit_tile(job.columns, run, tile - run_first)
-                        packed = head * job.row_tiles + tile
-                        q = job.q.rows + packed * TILE * job.d_padded * size
-                        dout = job.dout.rows + packed * TILE * job.e_padded * size
-                        masked = gradient_tile(job, b, h, tile * TILE, t * TILE, rows, count, name,
-                                               q, keys_t, dout, values_t, square, NOWHERE, unit)
-                        strange = load(job.dout.notes + packed, np.uint8(0)) != 0
-                        add_product(job, TRANSPOSED, strange and masked, rows, count, job.e,
-                                    job.e_padded, square, square, dout, dv_at, unit)
-                        strange = load(job.q.notes + packed, np.uint8(0)) != 0
-                        add_product(job, TRANSPOSED, strange and masked, rows, count, job.d,
-                                    job.d_padded, square, square + SQUARE * size, q, dk_at, unit)
-            for r in range(min(TILE, job.m - t * TILE)):
-                key = group * job.m + t * TILE + r
-                for x in range(job.d):
-                    store(job.dk + (key * job.d + x) * size, dk[r * job.d_padded + x])
-                for x in range(job.e):
-                    store(job.dv + (key * job.e + x) * size, dv[r * job.e_padded + x])
+    task = fetch_add(queue, STEP)
+    while task < units:
+        head, t = divmod(task, job.row_tiles)
+        b, h = divmod(head, job.heads)
+        finish_tile(job, b, h, t, scratch, unit)
+        task = fetch_add(queue, STEP)
+
+
+@kernel
+def delta(place, queue, units, scratch, unit, operand):
+    """Compute rowsum(dout * out) - dlse, and 0 in rows that see no key; a unit is TILE rows."""
+    job = delta_at(place)
+    size, blocks = job.size, -(-job.n // TILE)
+    tile = TILE * job.e_padded * size
+    dout, out, products = scratch, scratch + tile, scratch + 2 * tile
+    one = rounded(1.0, unit)
+    task = fetch_add(queue, STEP)
+    while task < units:
+        head, t = divmod(task, blocks)
+        b, h = divmod(head, job.heads)
+        rows = min(TILE, job.n - t * TILE)
+        convert_rows(job.dout + b * job.dout_b + h * job.dout_h + t * TILE * job.dout_n, job.dout_n,
+                     job.dout_e, job.kind, rows, job.e, job.e_padded, one, dout, job.e_padded,
+                     unit, unit)
+        convert_rows(job.out + b * job.out_b + h * job.out_h + t * TILE * job.out_n, job.out_n,
+                     job.out_e, job.kind, rows, job.e, job.e_padded, one, out, job.e_padded,
+                     unit, unit)
+        row_dots(dout, out, job.e_padded, rows, job.e_padded, products, unit)
+        for r in range(rows):
+            place = (head * job.n + t * TILE + r) * size
+            value = load(products + r * size, unit)
+            if job.dlse:
+                value -= load(job.dlse + place, unit)
+            seen = load(job.lse + place, unit) != -math.inf
+            store(job.delta + place, value if seen else unit - unit)
+        task = fetch_add(queue, STEP)
 
 
 @part
-def add_product(job, transposed, strange, rows, keys, width, padded, square, tile, source, target,
-                unit):
-    """Add tile @ source (transposed: tile^T @ source) to target, all packed."""
-    if strange:
-        exact_product(rows, width, job.size, tile, TILE * job.size, square + 4 * SQUARE * job.size,
-                      WORD, transposed, source, target, padded, unit)
-    elif transposed:
-        gemm(keys, padded, rows, tile, 1, TILE, source, padded, target, padded, 1, unit)
+def prepare_tile(job, b, h, t, unit, operand):
+    """Pack a block of queries; rows that see no key get a shift that makes their weights 0."""
+    tile = (b * job.heads + h) * job.row_tiles + t
+    q, dout = tile * TILE * job.d_padded, tile * TILE * job.e_padded
+    pairs = job.fold > 1
+    note = pack_tile(job.q, b, h, t, job.q.rows + q * job.operand, NOWHERE,
+                     job.q.pairs + q * job.operand if pairs else NOWHERE, unit, operand)
+    store(job.q.notes + tile, np.uint8(note))
+    note = pack_tile(job.dout, b, h, t, job.dout.rows + dout * job.operand, NOWHERE,
+                     job.dout.pairs + dout * job.operand if pairs else NOWHERE, unit, operand)
+    store(job.dout.notes + tile, np.uint8(note))
+    numbers(job.dq_sums + q * job.size, TILE * job.d_padded, unit)[:] = 0
+    shifts = numbers(job.shifts + tile * TILE * job.size, TILE, unit)
+    means = numbers(job.means + tile * TILE * job.size, TILE, unit)
+    rows = min(np.int64(load(job.q.lengths + 4 * b, np.int32(0))), job.n) - t * TILE
+    for r in range(TILE):
+        shifts[r], means[r] = math.inf, 0
+        if r < rows:
+            place = ((b * job.heads + h) * job.n + t * TILE + r) * job.size
+            lse = load(job.lse + place, unit)
+            if lse != -math.inf:
+                shifts[r], means[r] = lse, load(job.delta + place, unit)
+
+
+@part
+def finish_tile(job, b, h, t, scratch, unit):
+    """Write a block's dq, and the sum of dscore * (q.k) = q.dq before dq is scaled."""
+    size, one = job.size, rounded(1.0, unit)
+    scale = load(job.q.scale + h * size, unit)
+    tile = (b * job.heads + h) * job.row_tiles + t
+    first = (b * job.heads + h) * job.n + t * TILE
+    rows = min(TILE, job.n - t * TILE)
+    live = min(rows, np.int64(load(job.q.lengths + 4 * b, np.int32(0))) - t * TILE)
+    sums, q = job.dq_sums + tile * TILE * job.d_padded * size, scratch + job.back.dk
+    products, factors = scratch + job.back.row, scratch + job.back.kept
+    dscale = 0.0
+    if live > 0:
+        convert_rows(job.q.at + b * job.q.b + h * job.q.h + t * TILE * job.q.n, job.q.n, job.q.d,
+                     job.q.kind, live, job.d, job.d_padded, one, q, job.d_padded, unit, unit)
+        row_dots(sums, q, job.d_padded, live, job.d_padded, products, unit)
+    for r in range(rows):
+        alive = r < live and load(job.lse + (first + r) * size, unit) != -math.inf
+        if alive:
+            product = load(products + r * size, unit)
+            # a row that sees no key may hold anything, and its lse may be a sink
+            if product - product == 0 or any_number(sums + r * job.d_padded * size, job.d, unit):
+                dscale += np.float64(product)
+        store(factors + r * size, scale if alive else unit - unit)
+    write_rows(sums, job.d_padded, rows, job.d, factors, job.dq + first * job.d * job.dq_size,
+               job.d * job.dq_size, job.dq_kind, unit)
+    store(job.dscale + tile * 8, dscale)
+
+
+@part
+def any_number(place, count, unit):
+    """Return whether any of `count` numbers is not 0."""
+    found = False
+    for x in numbers(place, count, unit):
+        found |= x != 0
+    return found
+
+
+@part
+def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, unit, operand):
+    """Let a tile of keys meet the query tiles `rows_first` to `rows_last`."""
+    size, each, shared = job.size, job.operand, job.heads // job.groups
+    k_rows, k_columns = scratch + job.back.k_rows, scratch + job.back.k_columns
+    k_pairs = scratch + job.back.k_pairs if job.fold > 1 else k_rows
+    v_columns, names = scratch + job.back.v_columns, scratch + job.back.names
+    dk, dv = scratch + job.back.dk, scratch + job.back.dv
+    weights, dscores = scratch + job.back.weights, scratch + job.back.dscores
+    words = scratch + job.back.words
+    queries = np.int64(load(job.q.lengths + 4 * b, np.int32(0)))
+    count = min(TILE, np.int64(load(job.k.lengths + 4 * b, np.int32(0))) - t * TILE)
+    limit = min(rows_last, -(-queries // TILE)) if count > 0 else np.int64(0)
+    numbers(dk, TILE * job.d_padded, unit)[:] = 0
+    numbers(dv, TILE * job.e_padded, unit)[:] = 0
+    k_at = job.k.at + b * job.k.b + g * job.k.h + t * TILE * job.k.n
+    strange_k, packed = False, False
+    for h in range(g * shared, (g + 1) * shared):
+        head = b * job.heads + h
+        run, stop = runs_of(job.columns, load(job.layout + 4 * head, np.int32(0)), t)
+        step = np.int64(0)
+        while True:
+            run, step, tile, tiles = next_tiles(job.columns, run, step, stop, limit, STEP, names)
+            if tiles == 0:
+                break
+            if tile < rows_first:
+                continue
+            if not packed:
+                strange_k = pack_tile(job.k, b, g, t, k_rows, k_columns,
+                                      k_pairs if job.fold > 1 else NOWHERE, unit, operand)
+                pack_tile(job.v, b, g, t, NOWHERE, v_columns, NOWHERE, unit, operand)
+                packed = True
+            rows = min(TILE, queries - tile * TILE)
+            place = head * job.row_tiles + tile
+            at_q, at_dout = place * TILE * job.d_padded, place * TILE * job.e_padded
+            q, dout = job.q.rows + at_q * each, job.dout.rows + at_dout * each
+            q_pairs = job.q.pairs + at_q * each if job.fold > 1 else q
+            dout_pairs = job.dout.pairs + at_dout * each if job.fold > 1 else dout
+            # what lies beyond the last query are zeros that pairs of operands may need
+            depth = TILE if job.fold > 1 else rows
+            if job.short:
+                # what the forward did, to the bit
+                dots(rows, count, job.d, q, job.d_padded, k_at, job.k.n, job.k.kind, weights, TILE,
+                     unit)
+            else:
+                multiply(depth, TILE, job.d_depth, q, job.d_padded, 1, k_columns, TILE * job.fold,
+                         weights, TILE, 0, unit, operand)
+            multiply(depth, TILE, job.e_depth, dout, job.e_padded, 1, v_columns, TILE * job.fold,
+                     dscores, TILE, 0, unit, operand)
+            masked = gradient_tile(job, b, h, tile, t, rows, depth, count,
+                                   load(names, np.int64(0)), chunk, copy, table, scratch, unit)
+            dq = job.dq_sums + at_q * size
+            exact = masked and load(job.dout.notes + place, np.uint8(0)) != 0
+            if exact:
+                exact_product(job, rows, job.e, weights, TILE, words, 8, TRANSPOSED, dout_pairs, dv,
+                              job.e_padded, unit, operand)
+            else:
+                # dv += p^T dout
+                add_transposed(job, depth, weights, dout_pairs, job.e_padded, dv, scratch, unit,
+                               operand)
+            exact = masked and load(job.q.notes + place, np.uint8(0)) != 0
+            if exact:
+                exact_product(job, rows, job.d, dscores, TILE, words, 8, TRANSPOSED, q_pairs, dk,
+                              job.d_padded, unit, operand)
+            else:
+                # dk += dscore^T q
+                add_transposed(job, depth, dscores, q_pairs, job.d_padded, dk, scratch, unit,
+                               operand)
+            if masked and strange_k:
+                exact_product(job, rows, job.d, dscores, TILE, words, 8, STRAIGHT, k_pairs, dq,
+                              job.d_padded, unit, operand)
+            else:
+                # dq += dscore k
+                if job.fold > 1:
+                    for r in range(depth):
+                        row = dscores + r * TILE * size
+                        round_row(row, TILE, row)
+                multiply(rows, job.d_padded, TILE, dscores, TILE * job.fold, 1, k_pairs,
+                         job.d_padded * job.fold, dq, job.d_padded, 1, unit, operand)
+    key = (b * job.groups + g) * job.m + t * TILE
+    keys = min(TILE, job.m - t * TILE)
+    write_tile(job, keys, key, dk, job.d, job.d_padded, job.dk_sums, job.dk, job.dk_size,
+               job.dk_kind, unit)
+    write_tile(job, keys, key, dv, job.e, job.e_padded, job.dv_sums, job.dv, job.dv_size,
+               job.dv_kind, unit)
+
+
+@part
+def add_transposed(job, depth, tile, source, padded, target, scratch, unit, operand):
+    """Add tile^T @ source to target; `source` is packed as a product over its rows takes it."""
+    if job.fold > 1:
+        turned = scratch + job.back.operand
+        pair_rounded(tile, TILE, depth, TILE, turned, TILE)
+        multiply(TILE, padded, depth, turned, TILE, 1, source, padded * job.fold, target, padded, 1,
+                 unit, operand)
     else:
-        gemm(rows, padded, keys, tile, TILE, 1, source, padded, target, padded, 1, unit)
+        multiply(TILE, padded, depth, tile, 1, TILE, source, padded, target, padded, 1, unit,
+                 operand)
 
 
 @part
-def gradient_tile(job, b, h, i0, j0, rows, keys, name, q, keys_t, dout, values_t, square, table,
-                  unit):
-    """Compute a tile's weights (as they meet v) and the gradient of its products scale * q.k.
+def write_tile(job, keys, key, tile, width, padded, sums, into, into_size, kind, unit):
+    """Write a tile of dk or dv, or until the last phase add it to what earlier phases left."""
+    if job.chunks > 1:
+        for r in range(keys):
+            new = numbers(tile + r * padded * job.size, width, unit)
+            kept = numbers(sums + (key + r) * width * job.size, width, unit)
+            if job.phase > 0:
+                for x in range(width):
+                    new[x] += kept[x]
+            for x in range(width):
+                kept[x] = new[x]
+    if job.phase == job.chunks - 1:
+        write_rows(tile, padded, keys, width, NOWHERE, into + key * width * into_size,
+                   width * into_size, kind, unit)
 
-    They come to lie in `square`, TILE * TILE numbers each; the rows' words follow after four such
-    tiles. The gradients of the terms are added to theirs. Return whether pairs may be masked, so
-    that the words count.
+
+@part
+def gradient_tile(job, b, h, row_tile, key_tile, rows, depth, keys, name, chunk, copy, table,
+                  scratch, unit):
+    """Turn products into a tile's weights, as they meet v, and the gradients of its products q.k.
+
+    They lie in scratch as `weights` and `dscores`, the rows' words as `words`. The gradients of the
+    terms are added to theirs. Return whether pairs may be masked, so that the words count.
     """
     size = job.size
+    i0, j0 = row_tile * TILE, key_tile * TILE
+    at = ((b * job.heads + h) * job.row_tiles + row_tile) * TILE * size
+    weights, dscores = scratch + job.back.weights, scratch + job.back.dscores
+    words = scratch + job.back.words
+    buffer = numbers(scratch + job.back.row, TILE, unit)
     masked = name >= 0 or keys < TILE or job.bias.at != 0 or job.gate.at != 0
-    row_bytes = TILE * size
-    weights, dscores = square, square + SQUARE * size
-    slopes, dgates = square + 2 * SQUARE * size, square + 3 * SQUARE * size
-    words = square + 4 * SQUARE * size
-    buffer = numbers(words + 8 * TILE, TILE, unit)
-    kept = numbers(words + 8 * TILE + row_bytes, TILE, unit)
-    gemm(rows, TILE, job.d, q, job.d_padded, 1, keys_t, TILE, weights, TILE, 0, unit)
-    gemm(rows, TILE, job.e, dout, job.e_padded, 1, values_t, TILE, dscores, TILE, 0, unit)
-    for r in range(rows):
-        i, word = i0 + r, words + 8 * r
-        place = ((b * job.heads + h) * job.n + i) * size
-        lse, delta = load(job.lse + place, unit), load(job.delta + place, unit)
-        p_at, ds_at, dgate_at = (weights + r * row_bytes, dscores + r * row_bytes,
-                                 dgates + r * row_bytes)
-        p, ds = numbers(p_at, TILE, unit), numbers(ds_at, TILE, unit)
-        slope, dgate = numbers(slopes + r * row_bytes, TILE, unit), numbers(dgate_at, TILE, unit)
-        if lse == -math.inf:
-            p[:] = 0
-            ds[:] = 0
-            slope[:] = 0
-            dgate[:] = 0
-            store(word, ONE - ONE)
-            continue
-        if masked:
-            store(word, allowed(job.bits, name, r, keys))
-        if job.softcap > 0:
-            cap_scores(job, p_at, TILE, unit)
+    if masked:
+        for r in range(depth):
+            store(words + 8 * r, allowed(job.bits, name, r, keys) if r < rows else ALL)
+    if job.bias.at or job.offsets:
+        for r in range(rows if job.softcap == 0 else 0):
+            add_terms(job, b, h, i0 + r, j0, keys, weights + r * TILE * size, words + 8 * r, buffer,
+                      unit)
+    if job.softcap > 0 or job.gate.at or job.threshold:
+        change_rows(job, b, h, i0, j0, rows, depth, keys, masked, at, scratch, unit)
+    else:
+        differentiate(weights, dscores, TILE, depth, words if masked else NOWHERE,
+                      job.shifts + at, job.means + at, unit)
+    add_gradient(job, job.dbias, b, h, i0, j0, rows, keys, chunk, copy, dscores, buffer, unit)
+    add_gradient(job, job.dgate, b, h, i0, j0, rows, keys, chunk, copy, scratch + job.back.dgates,
+                 buffer, unit)
+    if table:
+        add_to_table(job, b, h, i0, j0, rows, keys, dscores, table, unit)
+    if job.softcap > 0:
+        for r in range(rows):
+            row = r * TILE * size
+            ds = numbers(dscores + row, TILE, unit)
+            slope = numbers(scratch + job.back.slopes + row, TILE, unit)
+            for x in range(TILE):
+                ds[x] *= slope[x]
+            if masked:
+                select(dscores + row, load(words + 8 * r, ONE), 0.0, unit)
+    return masked
+
+
+@part
+def change_rows(job, b, h, i0, j0, rows, depth, keys, masked, at, scratch, unit):
+    """Do what `differentiate` does where there is a softcap, a gate or dropout."""
+    size = job.size
+    weights, dscores = scratch + job.back.weights, scratch + job.back.dscores
+    words = scratch + job.back.words
+    buffer = numbers(scratch + job.back.row, TILE, unit)
+    kept = numbers(scratch + job.back.kept, TILE, unit)
+    if job.softcap > 0:
+        for r in range(rows):
+            row = weights + r * TILE * size
+            cap_scores(job, row, TILE, unit)
+            p = numbers(row, TILE, unit)
+            slope = numbers(scratch + job.back.slopes + r * TILE * size, TILE, unit)
             for x in range(TILE):
                 tanh = p[x] / job.softcap
                 slope[x] = 1 - tanh * tanh
-        add_terms(job, b, h, i, j0, keys, p_at, word, buffer, unit)
-        exp_sum(p_at, TILE, lse, unit)
-        if job.threshold:
+            if job.bias.at or job.offsets:
+                add_terms(job, b, h, i0 + r, j0, keys, row, words + 8 * r, buffer, unit)
+    exp_rows(weights, TILE, depth, job.shifts + at, unit)
+    for r in range(depth):
+        i, word = i0 + r, words + 8 * r
+        row = r * TILE * size
+        mean = load(job.means + at + r * size, unit)
+        p, ds = numbers(weights + row, TILE, unit), numbers(dscores + row, TILE, unit)
+        if job.threshold and r < rows:
             dropout_row(job, b, h, i, j0, keys, kept)
             for x in range(keys):
                 ds[x] *= kept[x]
         for x in range(TILE):
-            ds[x] -= delta
-        if job.gate.at:
+            ds[x] -= mean
+        if job.gate.at and r < rows:
+            dgate_at = scratch + job.back.dgates + row
+            dgate = numbers(dgate_at, TILE, unit)
             term_row(job.gate, size, b, h, i, j0, keys, buffer)
             for x in range(keys):
                 dgate[x] = p[x] * ds[x]
@@ -245,29 +422,16 @@ def gradient_tile(job, b, h, i0, j0, rows, keys, name, q, keys_t, dout, values_t
             clear(word, buffer, keys, 0.0)
         for x in range(TILE):
             ds[x] *= p[x]
-        if job.threshold:
+        if job.threshold and r < rows:
             for x in range(keys):
                 p[x] *= kept[x]
         if masked:
-            select(p_at, load(word, ONE), 0.0, unit)
-            select(ds_at, load(word, ONE), 0.0, unit)
-    add_gradient(job, job.dbias, b, h, i0, j0, rows, keys, dscores, buffer, unit)
-    add_gradient(job, job.dgate, b, h, i0, j0, rows, keys, dgates, buffer, unit)
-    if table:
-        add_to_table(job, b, h, i0, j0, rows, keys, dscores, table, unit)
-    if job.softcap > 0:
-        for r in range(rows):
-            ds = numbers(dscores + r * row_bytes, TILE, unit)
-            slope = numbers(slopes + r * row_bytes, TILE, unit)
-            for x in range(TILE):
-                ds[x] *= slope[x]
-            if masked:
-                select(dscores + r * row_bytes, load(words + 8 * r, ONE), 0.0, unit)
-    return masked
+            select(weights + row, load(word, ONE), 0.0, unit)
+            select(dscores + row, load(word, ONE), 0.0, unit)
 
 
 @part
-def add_gradient(job, gradient, b, h, i0, j0, rows, keys, tile, buffer, unit):
+def add_gradient(job, gradient, b, h, i0, j0, rows, keys, chunk, copy, tile, buffer, unit):
     """Add a tile to a term's gradient, summed over the axes that the term lacks."""
     size = job.size
     if gradient.total:
@@ -276,10 +440,11 @@ def add_gradient(job, gradient, b, h, i0, j0, rows, keys, tile, buffer, unit):
             row = numbers(tile + r * TILE * size, TILE, unit)
             for x in range(keys):
                 total += row[x]
-        place = gradient.total + ((b * job.heads + h) * job.row_tiles + i0 // TILE) * 8
+        place = gradient.total + ((b * job.heads + h) * job.chunks + chunk) * 8
         store(place, load(place, 0.0) + total)
     if gradient.at:
-        corner = (gradient.at + load(gradient.item + 4 * b, np.int32(0)) * gradient.b
+        corner = (gradient.at + copy * gradient.copy
+                  + load(gradient.item + 4 * b, np.int32(0)) * gradient.b
                   + h * gradient.h + i0 * gradient.n + j0 * gradient.m)
         buffer[:] = 0
         for r in range(rows):
@@ -307,7 +472,7 @@ def add_gradient(job, gradient, b, h, i0, j0, rows, keys, tile, buffer, unit):
 def add_to_table(job, b, h, i0, j0, rows, keys, tile, table, unit):
     """Add a tile to the offset table, by distance."""
     size = job.size
-    sums = numbers(table + h * job.doffsets_h, job.offsets_width, 0.0)
+    sums = numbers(table + h % job.doffsets_rows * job.doffsets_h, job.offsets_width, 0.0)
     for r in range(rows):
         row = numbers(tile + r * TILE * size, TILE, unit)
         first = query_position(job, b, i0 + r) + job.offset_origin

@@ -1,14 +1,17 @@
 """Flash attention, forward: softmax over the tiles that a BlockMask lists, online.
 
-A unit of work is 64 queries of one head of one batch item. It walks its runs of key tiles, up to
-CHUNK tiles at a time, and keeps of each row the largest score so far (`tops`), the sum of
-exp(score - top) (`sums`) and the product of these weights with the values (`acc`):
+A block of 64 queries of one head of one batch item walks its runs of key tiles, a few tiles at a
+time. It keeps of each row the largest score so far (`tops`), the sum of exp(score - top) (`sums`,
+lane by lane) and the product of these weights with the values (`acc`):
 
-    keys ->   ..........[chunk]......      scores = q k^T      64 x (64 * CHUNK), stays in cache
-    queries  [unit]                        acc   += weights v  64 x E
+    keys ->   ..........[tiles]......      scores = q k^T      64 x (64 * tiles), stays in cache
+    queries  [block]                       acc   += weights v  64 x E
 
 When a row's largest score grows, what was summed is scaled down to match.
-Nothing is shared between units, so any number of threads gives the same bits.
+
+Keys and values are packed beforehand, or, where those of a group fit in the cache beside its
+queries, by the thread that needs them (`job.per_group`). Nothing is shared between units of work,
+so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,142 +21,178 @@ import math
 import numpy as np
 
 from ..compile import kernel, part
-from .access import job_at, load, numbers, rounded, store
-from .masking import ONE, STRAIGHT, allowed, bit_tile, exact_product, runs_of
+from .access import fetch_add, job_at, load, numbers, rounded, store
+from .masking import (
+    STRAIGHT,
+    allowed,
+    any_named,
+    exact_product,
+    next_tiles,
+    runs_of,
+)
 from .packing import NOWHERE, TILE, pack_tile
 from .terms import add_terms, cap_scores, clear, dropout_row, term_row
-from .vector import exp_sum, gemm, row_max, select
+from .vector import (
+    enter_tiles,
+    lane_sums,
+    leave_tiles,
+    multiply,
+    round_row,
+    scale_rows,
+    weigh,
+    write_rows,
+)
 
-CHUNK = np.int64(4)
-
-
-def scratch_bytes(d_padded: int, e_padded: int, size: int) -> int:
-    """Return how much memory a thread needs."""
-    numbers_held = TILE * (d_padded + e_padded + TILE * CHUNK) + 2 * TILE + TILE * CHUNK
-    return numbers_held * size + TILE * CHUNK * 8
+STEP = np.int64(1)
 
 
 @kernel
-def forward(place, first, last, scratch, unit):
-    """Compute out and lse for units of work `first` to `last`."""
+def forward(place, queue, units, scratch, unit, operand):
+    """Compute out and lse; a unit is a block of queries, or per_group a group of heads."""
     job = job_at(place)
-    size = job.size
-    width = TILE * CHUNK
-    q = scratch
-    scores = q + TILE * job.d_padded * size
-    acc_at = scores + TILE * width * size
-    tops_at = acc_at + TILE * job.e_padded * size
-    words = tops_at + (2 * TILE + width) * size
-    acc = numbers(acc_at, TILE * job.e_padded, unit)
-    tops = numbers(tops_at, TILE, unit)
-    sums = numbers(tops_at + TILE * size, TILE, unit)
-    buffer = numbers(tops_at + 2 * TILE * size, width, unit)
-
-    for task in range(first, last):
-        head, t = divmod(task, job.row_tiles)
-        b, h = divmod(head, job.heads)
-        group = b * job.groups + h // (job.heads // job.groups)
-        rows = min(load(job.q.lengths + 4 * b, np.int32(0)) - t * TILE, TILE)
-        keys = np.int64(load(job.k.lengths + 4 * b, np.int32(0)))
-        key_tiles = -(-keys // TILE) if rows > 0 else 0
-        acc[:] = 0
-        tops[:] = -math.inf
-        sums[:] = 0
-        pack_tile(job.q, b, h, t, q, NOWHERE, unit)
-        start, stop = runs_of(job.rows, load(job.layout + 4 * head, np.int32(0)), t)
-        for run in range(start, stop):
-            run_first = np.int64(load(job.rows.first + 4 * run, np.int32(0)))
-            run_stop = min(run_first + load(job.rows.count + 4 * run, np.int32(0)), key_tiles)
-            for tile in range(run_first, run_stop, CHUNK):
-                tiles = min(CHUNK, run_stop - tile)
-                count = min(tiles * TILE, keys - tile * TILE)
-                named = bit_tile(job.rows, run, tile - run_first) >= 0
-                masked = named or count < tiles * TILE or job.bias.at != 0 or job.gate.at != 0
-                packed = group * job.key_tiles + tile
-                strange = False
-                for u in range(tiles):
-                    gemm(rows, TILE, job.d, q, job.d_padded, 1,
-                         job.k.columns + (packed + u) * job.d * TILE * size, TILE,
-                         scores + u * TILE * size, width, 0, unit)
-                    strange |= load(job.v.notes + packed + u, np.uint8(0)) != 0
-                for r in range(rows):
-                    row_words = words + 8 * r * CHUNK
-                    if masked:
-                        for u in range(tiles):
-                            name = bit_tile(job.rows, run, tile - run_first + u)
-                            word = allowed(job.bits, name, r, keys - (tile + u) * TILE)
-                            store(row_words + 8 * u, word)
-                    weigh_row(job, b, h, t * TILE + r, tile * TILE, tiles, count, masked,
-                              scores + r * width * size, row_words, buffer,
-                              r, tops, sums, acc, unit)
-                values = job.v.rows + packed * TILE * job.e_padded * size
-                if not (strange and masked):
-                    gemm(rows, job.e_padded, tiles * TILE, scores, width, 1,
-                         values, job.e_padded, acc_at, job.e_padded, 1, unit)
-                else:
-                    for u in range(tiles):
-                        exact_product(rows, job.e, size, scores + u * TILE * size, width * size,
-                                      words + 8 * u, 8 * CHUNK, STRAIGHT,
-                                      values + u * TILE * job.e_padded * size, acc_at,
-                                      job.e_padded, unit)
-        finish(job, b, h, t, rows, tops, sums, acc, unit)
+    shared = job.heads // job.groups
+    enter_tiles(unit, operand)
+    task = fetch_add(queue, STEP)
+    while task < units:
+        if job.per_group:
+            b, g = divmod(task, job.groups)
+            keys, values = scratch + job.ahead.keys, scratch + job.ahead.values
+            strange = pack_group(job, b, g, keys, values, unit, operand)
+            for block in range(shared * job.row_tiles):
+                h, t = g * shared + block // job.row_tiles, block % job.row_tiles
+                attend(job, b, h, t, keys, values, NOWHERE, strange, scratch, unit, operand)
+        else:
+            # the last blocks first: under a causal mask they take longest
+            head, t = divmod(units - 1 - task, job.row_tiles)
+            b, h = divmod(head, job.heads)
+            first = (b * job.groups + h // shared) * job.key_tiles
+            values = job.v.pairs if job.fold > 1 else job.v.rows
+            attend(job, b, h, t, job.k.columns + first * TILE * job.d_depth * job.operand,
+                   values + first * TILE * job.e_padded * job.operand,
+                   job.v.notes + first, False, scratch, unit, operand)
+        task = fetch_add(queue, STEP)
+    leave_tiles(unit, operand)
 
 
 @part
-def weigh_row(job, b, h, i, j, tiles, count, masked, row, words, buffer, r, tops, sums, acc, unit):
-    """Turn products of query `i` and keys from `j` on into weights, as they are to meet v.
+def pack_group(job, b, g, keys, values, unit, operand):
+    """Pack the keys and values of a group; return whether a value is not finite."""
+    strange = False
+    for t in range(job.key_tiles):
+        pack_tile(job.k, b, g, t, NOWHERE, keys + t * TILE * job.d_depth * job.operand, NOWHERE,
+                  unit, operand)
+        v = values + t * TILE * job.e_padded * job.operand
+        strange |= pack_tile(job.v, b, g, t, NOWHERE if job.fold > 1 else v, NOWHERE,
+                             v if job.fold > 1 else NOWHERE, unit, operand)
+    return strange
 
-    `r` is its place among the rows of `tops`, `sums` and `acc`.
-    """
-    width = tiles * TILE
-    cap_scores(job, row, width, unit)
-    add_terms(job, b, h, i, j, count, row, words, buffer, unit)
-    if job.gate.at:
-        term_row(job.gate, job.size, b, h, i, j, count, buffer)
-        clear(words, buffer, count, 0.0)
-    if masked:
+
+@part
+def attend(job, b, h, t, k_at, v_at, notes, strange_group, scratch, unit, operand):
+    """Compute out and lse of a block of queries."""
+    size, most, lane = job.size, job.chunk, job.lanes
+    width = most * TILE
+    q, acc, scores = scratch + job.ahead.q, scratch + job.ahead.acc, scratch + job.ahead.scores
+    tops, sums = scratch + job.ahead.tops, scratch + job.ahead.sums
+    words, names = scratch + job.ahead.words, scratch + job.ahead.names
+    gates = scratch + job.ahead.gates if job.gate.at else NOWHERE
+    numbers(acc, TILE * job.e_padded, unit)[:] = 0
+    numbers(tops, TILE, unit)[:] = -math.inf
+    numbers(sums, TILE * lane, unit)[:] = 0
+    rows = min(np.int64(load(job.q.lengths + 4 * b, np.int32(0))) - t * TILE, TILE)
+    keys = np.int64(load(job.k.lengths + 4 * b, np.int32(0)))
+    key_tiles = -(-keys // TILE) if rows > 0 else 0
+    if rows > 0:
+        pack_tile(job.q, b, h, t, q, NOWHERE, NOWHERE, unit, operand)
+    layout = load(job.layout + 4 * (b * job.heads + h), np.int32(0))
+    run, stop = runs_of(job.rows, layout, t)
+    step = np.int64(0)
+    changed = job.softcap > 0 or job.bias.at or job.offsets or job.gate.at
+    while True:
+        run, step, tile, tiles = next_tiles(job.rows, run, step, stop, key_tiles, most, names)
+        if tiles == 0:
+            break
+        count = min(tiles * TILE, keys - tile * TILE)
+        masked = (any_named(names, tiles) or count < tiles * TILE or job.bias.at != 0
+                  or job.gate.at != 0)
+        strange = strange_group
         for u in range(tiles):
-            select(row + u * TILE * job.size, load(words + 8 * u, ONE), -math.inf, unit)
-    top = row_max(row, width, tops[r], unit)
-    if top > tops[r]:
-        if sums[r] != 0:
-            decay = rounded(math.exp(np.float64(tops[r]) - np.float64(top)), unit)
-            sums[r] *= decay
-            for x in range(r * job.e_padded, (r + 1) * job.e_padded):
-                acc[x] *= decay
-        tops[r] = top
-    total = exp_sum(row, width, top if top > -math.inf else unit - unit, unit)
-    weights = numbers(row, count, unit)
-    if job.gate.at:
-        total = unit - unit
-        for x in range(count):
-            weights[x] *= buffer[x]
-            total += weights[x]
-    sums[r] += total
-    if job.threshold:
-        dropout_row(job, b, h, i, j, count, buffer)
-        for x in range(count):
-            weights[x] *= buffer[x]
+            multiply(rows, TILE, job.d_depth, q, job.d_padded, 1,
+                     k_at + (tile + u) * TILE * job.d_depth * job.operand, TILE * job.fold,
+                     scores + u * TILE * size, width, 0, unit, operand)
+            strange |= notes != 0 and load(notes + tile + u, np.uint8(0)) != 0
+        if masked:
+            for r in range(rows):
+                for u in range(tiles):
+                    store(words + 8 * (r * most + u),
+                          allowed(job.bits, load(names + 8 * u, np.int64(0)), r,
+                                  keys - (tile + u) * TILE))
+        if changed:
+            for r in range(rows):
+                change_row(job, b, h, t * TILE + r, tile * TILE, tiles, count,
+                           scores + r * width * size, words + 8 * r * most,
+                           gates + r * width * size, scratch + job.ahead.row, unit)
+        grew = weigh(scores, width, rows, tiles, words if masked else NOWHERE, most, gates, tops,
+                     sums, scratch + job.ahead.decays, unit)
+        if grew:
+            scale_rows(acc, job.e_padded, rows, job.e_padded, scratch + job.ahead.decays, unit)
+        if job.threshold:
+            kept = numbers(scratch + job.ahead.row, width, unit)
+            for r in range(rows):
+                dropout_row(job, b, h, t * TILE + r, tile * TILE, count, kept)
+                weights = numbers(scores + r * width * size, width, unit)
+                for x in range(count):
+                    weights[x] *= kept[x]
+        v = v_at + tile * TILE * job.e_padded * job.operand
+        if strange and masked:
+            for u in range(tiles):
+                exact_product(job, rows, job.e, scores + u * TILE * size, width, words + 8 * u,
+                              8 * most, STRAIGHT, v + u * TILE * job.e_padded * job.operand, acc,
+                              job.e_padded, unit, operand)
+        else:
+            if job.fold > 1:
+                for r in range(rows):
+                    row = scores + r * width * size
+                    round_row(row, tiles * TILE, row)
+            multiply(rows, job.e_padded, tiles * TILE, scores, width * job.fold, 1,
+                     v, job.e_padded * job.fold, acc, job.e_padded, 1, unit, operand)
+    finish(job, b, h, t, rows, tops, sums, acc, scratch + job.ahead.decays, unit)
 
 
 @part
-def finish(job, b, h, t, rows, tops, sums, acc, unit):
+def change_row(job, b, h, i, j, tiles, count, scores, words, gates, buffer, unit):
+    """Apply all score terms to the row of query `i`, from key `j` on."""
+    width = tiles * TILE
+    cap_scores(job, scores, width, unit)
+    add_terms(job, b, h, i, j, count, scores, words, numbers(buffer, width, unit), unit)
+    if job.gate.at:
+        gate = numbers(gates, width, unit)
+        term_row(job.gate, job.size, b, h, i, j, count, gate)
+        clear(words, gate, count, 0.0)
+        for x in range(count, width):
+            gate[x] = 0
+
+
+@part
+def finish(job, b, h, t, rows, tops, sums, acc, shares, unit):
     """Divide by the sums, let the sink join them, and write out and lse."""
     size = job.size
-    for r in range(min(TILE, job.n - t * TILE)):
-        place = (b * job.heads + h) * job.n + t * TILE + r
-        lse, share = -math.inf, 0.0
-        if r < rows and sums[r] != 0:
-            lse = np.float64(tops[r]) + math.log(np.float64(sums[r]))
-            share = 1 / np.float64(sums[r])
+    count = min(TILE, job.n - t * TILE)
+    first = (b * job.heads + h) * job.n + t * TILE
+    lane_sums(sums, count, shares, unit)
+    for r in range(count):
+        top, total = load(tops + r * size, unit), load(shares + r * size, unit)
+        share, lse = unit - unit, rounded(-math.inf, unit)
+        if r < rows and total != 0:
+            share, lse = unit / total, top + math.log(total)
         if job.sinks:
-            sink = np.float64(load(job.sinks + h * size, unit))
-            top = max(lse, sink)
-            joint = top + math.log(math.exp(lse - top) + math.exp(sink - top))
+            sink = load(job.sinks + h * size, unit)
+            highest = max(lse, sink)
+            joint = highest + math.log(math.exp(lse - highest) + math.exp(sink - highest))
             joint = sink if lse == -math.inf else joint
-            share *= math.exp(lse - joint) if share != 0 else 0.0
+            share *= math.exp(lse - joint) if share != 0 else unit - unit
             lse = joint
-        store(job.lse + place * size, rounded(lse, unit))
-        factor_r = rounded(share, unit)
-        for x in range(job.e):
-            store(job.out + (place * job.e + x) * size, acc[r * job.e_padded + x] * factor_r)
+        store(job.lse + (first + r) * size, lse)
+        store(shares + r * size, share)
+    write_rows(acc, job.e_padded, count, job.e, shares, job.out + first * job.e * job.given_size,
+               job.e * job.given_size, job.given, unit)

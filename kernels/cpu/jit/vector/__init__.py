@@ -1,16 +1,39 @@
 """Micro-kernels in LLVM vector IR: the inner loops of attention, for the host's vector width.
 
-One generator emits them for float32 and float64 and for any number of lanes; nothing is written per
-instruction set. A micro-kernel is a Numba intrinsic that takes addresses (int64), counts and
-strides in numbers, not bytes. Its last argument, `unit`, is any number of the dtype to compute in.
+One generator emits them for float32 and float64 and for any number of lanes; nothing but products
+and roundings of bfloat16 is written per instruction set. A micro-kernel is a Numba intrinsic that
+takes addresses (int64), counts and strides in numbers, not bytes. Its last arguments are tags:
+`unit`, any number of the dtype to compute in, and `operand`, any number of the dtype of products'
+operands: the same, or an uint16 for bfloat16.
 
-    gemm        C[r, :] (+)= sum_k A[r, k] B[k, :], any strides of A, blocks held in registers
-    row_max     the largest number of a row, NaN passed over
-    exp_sum     p = exp(s - shift) in place, and the sum
-    soft_cap    s = cap * tanh(s / cap) in place
-    select      `fill` where a bit of a 64-bit word is clear
+Products:
 
-Rows that `row_max`, `exp_sum` and `soft_cap` take are multiples of 64 numbers long.
+    gemm             C[r, :] (+)= sum_k A[r, k] B[k, :], any strides of A, blocks held in registers
+    multiply         the same for either kind of operand; bfloat16: rows of A, pairs of rows of B
+    enter_tiles      to be called before and
+    leave_tiles      after a thread multiplies: some CPUs' products need a state of their own
+    dots             C[r, j] = sum_d A[r, d] B[j, d], B of any dtype read where it lies
+    accumulate_rows  acc[r, :] += sum_j p[r, j] values[j, :], values of any dtype where they lie
+
+Rows of scores, all in place:
+
+    weigh            s = exp(s - top) of rows of tiles, with `tops`, `sums` and `decays` kept
+    differentiate    s = exp(s - lse), and of the gradients g = s * (g - delta)
+    exp_rows         s = exp(s - lse)
+    scale_rows       rows times a factor each
+    soft_cap         s = cap * tanh(s / cap) of one row
+    select           `fill` where a bit of a 64-bit word is clear
+
+Numbers on their way to a product, or to the caller's array:
+
+    convert_rows     rows of any dtype and stride times a scale, padded, as operands
+    write_row        a row times a factor, as any dtype
+    transpose        target[c, r] = source[r, c]
+    pair_rows        two rows of bfloat16 interleaved
+    round_row        a row of float32 as bfloat16, in place if need be
+    pair_rounded     the transpose of rows of float32, as bfloat16
+
+Rows of scores are 64 numbers long, and multiples of that for `weigh` and `soft_cap`.
 """
 
 from __future__ import annotations
@@ -20,13 +43,14 @@ from types import SimpleNamespace
 
 from numba.extending import intrinsic
 
-from . import products, rows
-from .emit import typed, vector_bytes
+from ...host import dot_product, vector_bytes
+from . import layout, products, rows, tiles
+from .emit import typed
 
 
 @functools.cache
-def micro_kernels(nbytes: int) -> SimpleNamespace:
-    """Make the micro-kernels for vectors of `nbytes`."""
+def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
+    """Make the micro-kernels for vectors of `nbytes`; `dot` is how bfloat16 is multiplied."""
 
     @intrinsic
     def gemm(context, rows, columns, depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate,
@@ -34,12 +58,43 @@ def micro_kernels(nbytes: int) -> SimpleNamespace:
         return typed(products.gemm, nbytes, "-", "iiiiiiiiiii", unit)
 
     @intrinsic
-    def row_max(context, row, count, start, unit):
-        return typed(rows.row_max, nbytes, "f", "iif", unit)
+    def multiply(context, rows, columns, depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate,
+                 unit, operand):
+        return typed(products.multiply, nbytes, "-", "iiiiiiiiiii", unit, operand, dot=dot)
 
     @intrinsic
-    def exp_sum(context, row, count, shift, unit):
-        return typed(rows.exp_sum, nbytes, "f", "iif", unit)
+    def enter_tiles(context, unit, operand):
+        return typed(tiles.enter_tiles, nbytes, "-", "", unit, operand, dot=dot)
+
+    @intrinsic
+    def leave_tiles(context, unit, operand):
+        return typed(tiles.leave_tiles, nbytes, "-", "", unit, operand, dot=dot)
+
+    @intrinsic
+    def dots(context, rows, columns, depth, a, a_row, b, b_row, kind, c, c_row, unit):
+        return typed(products.dots, nbytes, "-", "iiiiiiiiii", unit)
+
+    @intrinsic
+    def accumulate_rows(context, rows, count, width, p, p_row, values, values_row, kind, acc,
+                        acc_row, unit):
+        return typed(products.accumulate_rows, nbytes, "-", "iiiiiiiiii", unit)
+
+    @intrinsic
+    def weigh(context, scores, row, count, tiles, words, words_row, gates, tops, sums, decays,
+              unit):
+        return typed(rows.weigh, nbytes, "i", "iiiiiiiiii", unit)
+
+    @intrinsic
+    def differentiate(context, scores, dweights, row, count, words, lse, delta, unit):
+        return typed(rows.differentiate, nbytes, "-", "iiiiiii", unit)
+
+    @intrinsic
+    def exp_rows(context, scores, row, count, lse, unit):
+        return typed(rows.exp_rows, nbytes, "-", "iiii", unit)
+
+    @intrinsic
+    def scale_rows(context, x, row, count, width, factors, unit):
+        return typed(rows.scale_rows, nbytes, "-", "iiiii", unit)
 
     @intrinsic
     def soft_cap(context, row, count, cap, unit):
@@ -49,10 +104,54 @@ def micro_kernels(nbytes: int) -> SimpleNamespace:
     def select(context, row, word, fill, unit):
         return typed(rows.select, nbytes, "-", "iif", unit)
 
-    return SimpleNamespace(gemm=gemm, row_max=row_max, exp_sum=exp_sum, soft_cap=soft_cap,
-                           select=select)
+    @intrinsic
+    def convert_rows(context, source, source_row, step, kind, rows, count, padded, scale, target,
+                     target_row, unit, operand):
+        return typed(layout.convert_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
+
+    @intrinsic
+    def write_rows(context, source, source_row, count, width, factors, target, target_row, kind,
+                   unit):
+        return typed(layout.write_rows, nbytes, "-", "iiiiiiii", unit, dot=dot)
+
+    @intrinsic
+    def lane_sums(context, sums, count, totals, unit):
+        return typed(rows.lane_sums, nbytes, "-", "iii", unit)
+
+    @intrinsic
+    def row_dots(context, a, b, row, count, width, products, unit):
+        return typed(rows.row_dots, nbytes, "-", "iiiiii", unit)
+
+    @intrinsic
+    def transpose(context, source, source_row, target, target_row, rows, columns, unit):
+        return typed(layout.transpose, nbytes, "-", "iiiiii", unit)
+
+    @intrinsic
+    def pair_rows(context, first, second, count, target):
+        return typed(layout.pair_rows, nbytes, "-", "iiii")
+
+    @intrinsic
+    def round_row(context, source, count, target):
+        return typed(layout.round_row, nbytes, "-", "iii", dot=dot)
+
+    @intrinsic
+    def pair_rounded(context, source, source_row, rows, columns, target, target_row):
+        return typed(layout.pair_rounded, nbytes, "-", "iiiiii", dot=dot)
+
+    return SimpleNamespace(
+        gemm=gemm, multiply=multiply, enter_tiles=enter_tiles, leave_tiles=leave_tiles, dots=dots,
+        accumulate_rows=accumulate_rows, weigh=weigh, differentiate=differentiate,
+        exp_rows=exp_rows, scale_rows=scale_rows, soft_cap=soft_cap, select=select,
+        convert_rows=convert_rows, write_rows=write_rows, lane_sums=lane_sums, row_dots=row_dots,
+        transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
 
 
-_host = micro_kernels(vector_bytes())
-gemm, row_max, exp_sum = _host.gemm, _host.row_max, _host.exp_sum
-soft_cap, select = _host.soft_cap, _host.select
+_host = micro_kernels(vector_bytes(), dot_product() or "widened")
+gemm, multiply = _host.gemm, _host.multiply
+enter_tiles, leave_tiles = _host.enter_tiles, _host.leave_tiles
+dots, accumulate_rows = _host.dots, _host.accumulate_rows
+weigh, differentiate, exp_rows = _host.weigh, _host.differentiate, _host.exp_rows
+scale_rows, soft_cap, select = _host.scale_rows, _host.soft_cap, _host.select
+convert_rows, write_rows, transpose = _host.convert_rows, _host.write_rows, _host.transpose
+lane_sums, row_dots = _host.lane_sums, _host.row_dots
+pair_rows, round_row, pair_rounded = _host.pair_rows, _host.round_row, _host.pair_rounded

@@ -11,36 +11,31 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
+
+from ...host import target
 
 I64 = ir.IntType(64)
 UNROLL = 4
 
 
 @functools.cache
-def vector_bytes() -> int:
-    """Return the width of a vector of the CPU that Numba compiles for."""
-    _, _, features = _target()
-    return 64 if "+avx512f" in features else 32 if "+avx2" in features else 16
-
-
-def registers(nbytes: int) -> int:
-    """Return how many vector registers the CPU has at that width."""
-    triple, _, _ = _target()
-    return 32 if nbytes == 64 or triple.startswith(("aarch64", "arm64")) else 16
-
-
-@functools.cache
-def _target() -> tuple[str, str, list[str]]:
-    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple, name, features.split(",")
+def converts_halves() -> bool:
+    """Return whether the CPU has an instruction for float16 to float32; else LLVM calls libgcc."""
+    triple, _, features = target()
+    return "+f16c" in features.split(",") or triple.startswith(("aarch64", "arm64"))
 
 
 class Vectors:
-    """Emits vectors of one dtype and width into one LLVM function."""
+    """Emits vectors of one dtype and width into one LLVM function.
 
-    def __init__(self, builder: ir.IRBuilder, dtype: types.Float, nbytes: int) -> None:
+    `bf16` says that the operands of products are bfloat16, and `dot` how these are multiplied:
+    "amx", "avx512bf16", or by arithmetic that any CPU has.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, dtype: types.Float, nbytes: int, *,
+                 bf16: bool = False, dot: str = "widened") -> None:
         self.builder = builder
+        self.dtype, self.nbytes, self.bf16, self.dot = dtype, nbytes, bf16, dot
         self.size = dtype.bitwidth // 8
         self.lanes = nbytes // self.size
         self.scalar = ir.FloatType() if self.size == 4 else ir.DoubleType()
@@ -49,9 +44,17 @@ class Vectors:
         self.fraction_bits = 23 if self.size == 4 else 52
         self.largest_exponent = 127 if self.size == 4 else 1023
 
+    def one_lane(self) -> Vectors:
+        """Return an emitter of vectors of one number, for what lies apart."""
+        return Vectors(self.builder, self.dtype, self.size, bf16=self.bf16, dot=self.dot)
+
     def const(self, value: float) -> ir.Constant:
         """Return a vector of equal constants."""
         return ir.Constant(self.type, [value] * self.lanes)
+
+    def whole(self, value: int) -> ir.Constant:
+        """Return a vector of equal integers."""
+        return ir.Constant(self.integers, [value] * self.lanes)
 
     def splat(self, x: Any) -> Any:
         """Return a vector of `x` in every lane."""
@@ -80,6 +83,39 @@ class Vectors:
         """Write a vector from number `index` on."""
         self.builder.store(x, self.where(address, index, self.type), align=self.size)
 
+    def first(self, live: Any) -> Any:
+        """Return a mask of the first `live` lanes."""
+        build, kind = self.builder, ir.IntType(32)
+        lanes = ir.VectorType(kind, self.lanes)
+        count = build.insert_element(ir.Constant(lanes, ir.Undefined), build.trunc(live, kind),
+                                     kind(0))
+        counts = build.shuffle_vector(count, count, ir.Constant(lanes, [0] * self.lanes))
+        return build.icmp_unsigned("<", ir.Constant(lanes, list(range(self.lanes))), counts)
+
+    def load_masked(self, pointer: Any, kind: ir.VectorType, nbytes: int, mask: Any) -> Any:
+        """Read the lanes of `kind` (`nbytes` each) that `mask` names; the others are zero."""
+        integer = isinstance(kind.element, ir.IntType)
+        name = f"llvm.masked.load.v{self.lanes}{'i' if integer else 'f'}{8 * nbytes}.p0"
+        function = cgutils.get_or_insert_function(
+            self.builder.module,
+            ir.FunctionType(kind, [pointer.type, ir.IntType(32), mask.type, kind]), name)
+        return self.builder.call(function, [pointer, ir.IntType(32)(nbytes), mask,
+                                            ir.Constant(kind, None)])
+
+    def store_masked(self, x: Any, address: Any, index: Any, mask: Any) -> None:
+        """Write the lanes that `mask` names, from number `index` on."""
+        pointer = self.where(address, index, self.type)
+        name = f"llvm.masked.store.v{self.lanes}f{8 * self.size}.p0"
+        kinds = [self.type, pointer.type, ir.IntType(32), mask.type]
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
+        self.builder.call(function, [x, pointer, ir.IntType(32)(self.size), mask])
+
+    def any(self, mask: Any) -> Any:
+        """Return whether a lane of a mask is set."""
+        word = ir.IntType(self.lanes)
+        return self.builder.icmp_unsigned("!=", self.builder.bitcast(mask, word), word(0))
+
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         """Return x * y + z, rounded once where the CPU can."""
         name = f"llvm.fmuladd.v{self.lanes}f{8 * self.size}"
@@ -87,13 +123,39 @@ class Vectors:
             self.builder.module, ir.FunctionType(self.type, [self.type] * 3), name)
         return self.builder.call(function, [x, y, z])
 
-    def reduce(self, operation: str, start: list[Any], x: Any) -> Any:
+    def reduce(self, operation: str, start: list[Any], x: Any,
+               may: tuple[str, ...] = ("reassoc",)) -> Any:
         """Return one number from all lanes."""
         name = f"llvm.vector.reduce.{operation}.v{self.lanes}f{8 * self.size}"
         kinds = [argument.type for argument in start] + [self.type]
         function = cgutils.get_or_insert_function(
             self.builder.module, ir.FunctionType(self.scalar, kinds), name)
-        return self.builder.call(function, [*start, x], fastmath=("reassoc",))
+        return self.builder.call(function, [*start, x], fastmath=may)
+
+    def together(self, slots: list[Any]) -> Any:
+        """Return the sum of a few variables, lane by lane."""
+        total = self.builder.load(slots[0], typ=self.type)
+        for slot in slots[1:]:
+            total = self.builder.fadd(total, self.builder.load(slot, typ=self.type))
+        return total
+
+    def largest(self, x: Any) -> Any:
+        """Return the largest lane of `x`, which holds no NaN."""
+        return self.reduce("fmax", [], x, ("nnan", "nsz"))
+
+    def place(self, address: Any, index: Any) -> Any:
+        """Return a pointer to number `index` from `address` on."""
+        return self.where(address, index, self.scalar)
+
+    def load_word(self, address: Any, index: Any) -> Any:
+        """Read 64-bit word number `index`."""
+        pointer = self.builder.inttoptr(address, I64.as_pointer())
+        return self.builder.load(self.builder.gep(pointer, [index], source_etype=I64), typ=I64)
+
+    def lanes_of(self, word: Any, first: int) -> Any:
+        """Return the bits of a word from bit `first` on, one for each lane."""
+        bits = self.builder.trunc(self.builder.lshr(word, I64(first)), ir.IntType(self.lanes))
+        return self.builder.bitcast(bits, ir.VectorType(ir.IntType(1), self.lanes))
 
     def variable(self, value: Any) -> Any:
         """Make a variable that loops may change; LLVM turns it into a register."""
@@ -210,24 +272,34 @@ def representable(x: float, size: int) -> float:
     return types.float32.cast_python_value(x).item() if size == 4 else x
 
 
-def typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, dtype: Any,
-           ) -> tuple[Any, Any] | None:
-    """Type an intrinsic and emit its body; `takes` has an i for each int64, an f for each float."""
+def typed(emit: Callable[..., None], nbytes: int, returns: str, takes: str, *tags: Any,
+          dot: str = "widened") -> tuple[Any, Any] | None:
+    """Type an intrinsic and emit its body; `takes` has an i for each int64, an f for each float.
+
+    The tags that end its arguments say the dtypes: `unit`, and `operand` where that matters;
+    without any, the intrinsic is about float32.
+    """
+    dtype = tags[0] if tags else types.float32
     if dtype not in (types.float32, types.float64):
         return None
+    bf16 = tags[1:] == (types.uint16,)
+    if (tags[1:] not in ((), (dtype,)) and not bf16) or (bf16 and dtype != types.float32):
+        return None
     kinds = {"i": types.int64, "f": dtype, "-": types.void}
-    signature = kinds[returns](*(kinds[letter] for letter in takes), dtype)
+    signature = kinds[returns](*(kinds[letter] for letter in takes), *tags)
 
     def call(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        *values, _ = values
-        name = f"pyattn_{emit.__name__}_{dtype}_{nbytes}"
+        values = values[:len(takes)]
+        name = f"pyattn_{emit.__name__}_{'bf16' if bf16 else dtype}_{nbytes}_{dot}"
         result = ir.VoidType() if returns == "-" else context.get_value_type(kinds[returns])
         kind = ir.FunctionType(result, [value.type for value in values])
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         if function.is_declaration:
             function.linkage = "linkonce_odr"
+            # copies of a micro-kernel at every place that calls it would take long to compile
+            function.attributes.add("noinline")
             inside = ir.IRBuilder(function.append_basic_block("entry"))
-            emit(Vectors(inside, dtype, nbytes), *function.args)
+            emit(Vectors(inside, dtype, nbytes, bf16=bf16, dot=dot), *function.args)
         value = builder.call(function, values)
         return context.get_dummy_value() if returns == "-" else value
 

@@ -5,29 +5,40 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from llvmlite import ir
 from numba.core import cgutils
 
 from .emit import I64, UNROLL, Vectors
 
 
 def weigh(v: Vectors, scores: Any, row: Any, rows: Any, tiles: Any, words: Any, words_row: Any,
-          tops: Any, totals: Any, decays: Any) -> None:
+          gates: Any, tops: Any, sums: Any, decays: Any) -> None:
     """Turn scores into weights exp(score - top), in place.
 
     A row is `tiles` times 64 scores, and if `words` is given, as many words that say which of them
-    count. tops[r] becomes the largest score so far, totals[r] the row's sum, and decays[r] what
-    sums so far are to be multiplied with; returns whether any of these is not 1.
+    count; if `gates` is given, it lies like the scores and multiplies the weights. tops[r] becomes
+    the largest score so far, decays[r] what sums so far are to be multiplied with, and sums[r, :],
+    one number per lane, is brought up to date. Returns whether any top grew.
     """
     build = v.builder
-    masked = build.icmp_signed("!=", words, I64(0))
+    width = build.mul(tiles, I64(64))
+    masked, gated = (build.icmp_signed("!=", given, I64(0)) for given in (words, gates))
     any_grew = v.variable(I64(0))
     largest = [v.variable(v.const(0.0)) for _ in range(UNROLL)]
-    sums = [v.variable(v.const(0.0)) for _ in range(UNROLL)]
+    totals = [v.variable(v.const(0.0)) for _ in range(UNROLL)]
 
     def join(x: Any, slot: Any) -> None:
         old = build.load(slot, typ=v.type)
         build.store(build.select(build.fcmp_ordered(">", x, old), x, old), slot)
+
+    def exponentials(start: Any, shift: Any, *, gated: bool) -> None:
+        for places in v.row(width):
+            for place, slot in zip(places, totals, strict=True):
+                at = build.add(start, place)
+                p = v.falling_exp(build.fsub(v.load(scores, at), shift))
+                if gated:
+                    p = build.fmul(p, v.load(gates, at))
+                v.store(p, scores, at)
+                build.store(build.fadd(build.load(slot, typ=v.type), p), slot)
 
     with cgutils.for_range(build, rows) as loop:
         r = loop.index
@@ -46,30 +57,31 @@ def weigh(v: Vectors, scores: Any, row: Any, rows: Any, tiles: Any, words: Any, 
                     v.store(x, scores, at)
                     join(x, largest[step % UNROLL])
             with all_of_them:
-                for places in v.row(build.mul(tiles, I64(64))):
+                for places in v.row(width):
                     for place, slot in zip(places, largest, strict=True):
                         join(v.load(scores, build.add(start, place)), slot)
         for slot in largest[1:]:
             join(build.load(slot, typ=v.type), largest[0])
-        top = v.reduce("fmax", [], build.load(largest[0], typ=v.type))
+        top = v.largest(build.load(largest[0], typ=v.type))
         some_seen = build.fcmp_ordered(">", top, v.scalar(-math.inf))
         shift = build.select(some_seen, top, v.scalar(0.0))
+        sums_r = build.mul(r, I64(v.lanes))
+        build.store(v.load(sums, sums_r), totals[0])
+        for slot in totals[1:]:
+            build.store(v.const(0.0), slot)
         build.store(v.scalar(1.0), v.place(decays, r))
         with build.if_then(build.fcmp_ordered(">", top, old)):
             decay = v.falling_exp(v.splat(build.fsub(old, shift)))
             build.store(build.extract_element(decay, I64(0)), v.place(decays, r))
+            build.store(build.fmul(build.load(totals[0], typ=v.type), decay), totals[0])
             build.store(top, v.place(tops, r))
             build.store(I64(1), any_grew)
-        shifts = v.splat(shift)
-        for slot in sums:
-            build.store(v.const(0.0), slot)
-        for places in v.row(build.mul(tiles, I64(64))):
-            for place, slot in zip(places, sums, strict=True):
-                at = build.add(start, place)
-                p = v.falling_exp(build.fsub(v.load(scores, at), shifts))
-                v.store(p, scores, at)
-                build.store(build.fadd(build.load(slot, typ=v.type), p), slot)
-        build.store(v.total(sums), v.place(totals, r))
+        with build.if_else(gated) as (with_gates, without):
+            with with_gates:
+                exponentials(start, v.splat(shift), gated=True)
+            with without:
+                exponentials(start, v.splat(shift), gated=False)
+        v.store(v.together(totals), sums, sums_r)
     build.ret(build.load(any_grew, typ=I64))
 
 
@@ -131,6 +143,32 @@ def scale_rows(v: Vectors, x: Any, row: Any, rows: Any, width: Any, factors: Any
     build.ret_void()
 
 
+def lane_sums(v: Vectors, sums: Any, rows: Any, totals: Any) -> None:
+    """Add up the lanes of each row's sums: totals[r] = sum of sums[r, :]."""
+    build = v.builder
+    with cgutils.for_range(build, rows) as loop:
+        x = v.load(sums, build.mul(loop.index, I64(v.lanes)))
+        total = v.reduce("fadd", [v.scalar(0.0)], x)
+        build.store(total, v.place(totals, loop.index))
+    build.ret_void()
+
+
+def row_dots(v: Vectors, a: Any, b: Any, row: Any, rows: Any, width: Any, products: Any) -> None:
+    """Multiply rows with rows: products[r] = sum of a[r, :] b[r, :]; the width is whole vectors."""
+    build = v.builder
+    total = v.variable(v.const(0.0))
+    with cgutils.for_range(build, rows) as loop:
+        start = build.mul(loop.index, row)
+        build.store(v.const(0.0), total)
+        with cgutils.for_range(build, build.udiv(width, I64(v.lanes))) as inner:
+            at = build.add(start, build.mul(inner.index, I64(v.lanes)))
+            x = v.fma(v.load(a, at), v.load(b, at), build.load(total, typ=v.type))
+            build.store(x, total)
+        product = v.reduce("fadd", [v.scalar(0.0)], build.load(total, typ=v.type))
+        build.store(product, v.place(products, loop.index))
+    build.ret_void()
+
+
 def soft_cap(v: Vectors, row: Any, count: Any, cap: Any) -> None:
     """Cap scores: s = cap * tanh(s / cap) in place."""
     caps = v.splat(cap)
@@ -149,33 +187,3 @@ def select(v: Vectors, row: Any, word: Any, fill: Any) -> None:
         x = build.select(v.lanes_of(word, place), v.load(row, I64(place)), fills)
         v.store(x, row, I64(place))
     build.ret_void()
-
-
-def row_max(v: Vectors, row: Any, count: Any, start: Any) -> None:
-    """The largest number of a row and `start`, NaN passed over."""
-    build = v.builder
-    largest = [v.variable(v.splat(start)) for _ in range(UNROLL)]
-
-    def larger(x: Any, slot: Any) -> Any:
-        old = build.load(slot, typ=v.type)
-        return build.select(build.fcmp_ordered(">", x, old), x, old)
-
-    for places in v.row(count):
-        for place, slot in zip(places, largest, strict=True):
-            build.store(larger(v.load(row, place), slot), slot)
-    for slot in largest[1:]:
-        build.store(larger(build.load(slot, typ=v.type), largest[0]), largest[0])
-    build.ret(v.reduce("fmax", [], build.load(largest[0], typ=v.type)))
-
-
-def exp_sum(v: Vectors, row: Any, count: Any, shift: Any) -> None:
-    """exp(s - shift) in place; returns the sum."""
-    build = v.builder
-    shifts = v.splat(shift)
-    sums = [v.variable(v.const(0.0)) for _ in range(UNROLL)]
-    for places in v.row(count):
-        for place, slot in zip(places, sums, strict=True):
-            p = v.exp(build.fsub(v.load(row, place), shifts))
-            v.store(p, row, place)
-            build.store(build.fadd(build.load(slot, typ=v.type), p), slot)
-    build.ret(v.total(sums))
