@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numba
 import numpy as np
 import pytest
 from oracle import Arithmetic, exact, plain, ulp
-from pyattn.kernels.cpu import compile, host, job, ownership, softmax
+from pyattn.kernels.cpu import compile, job, ownership, softmax
 from pyattn.kernels.cpu.jit.philox import philox
 
 from pyattn.engines.problem import Problem, Term
@@ -25,7 +26,9 @@ from pyattn.threads import get_num_threads, set_num_threads
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.float32, np.float64)
-KINDS = [pytest.param(dtype, id=np.dtype(dtype).name) for dtype in (*FLOATS, BFLOAT16)]
+DTYPES = [pytest.param(dtype, id=np.dtype(dtype).name)
+          for dtype in (*FLOATS, BFLOAT16, np.float16)]
+KINDS = DTYPES[:3]
 """One dtype for each kind of kernel."""
 EXACT = exact(np.float32)
 EVERY_TERM = "softcap bias gate offsets sinks dropout"
@@ -267,7 +270,8 @@ def run(c: SimpleNamespace) -> dict[str, np.ndarray]:
 def agree(got: dict[str, np.ndarray], c: SimpleNamespace) -> None:
     """At most 2 (gradients: 3) times the error of the plain formulas in the same dtype, + 2 ulp.
 
-    Plain formulas in 16 bits round every intermediate array.
+    Plain formulas in 16 bits round every intermediate array. They can be right by luck where a
+    gradient is a few sums, so for those their error is the largest for several other cotangents.
     """
     p = c.problem
     given = p.q.dtype.newbyteorder("=")
@@ -282,12 +286,26 @@ def agree(got: dict[str, np.ndarray], c: SimpleNamespace) -> None:
         fine = np.isfinite(right)
         if not fine.any():
             continue
-        largest = np.abs(np.where(fine, truth["mass"].get(name, right), 0)).max()
+        largest = float(np.abs(np.where(fine, truth["mass"].get(name, right), 0)).max())
         times = 2 if name in ("out", "lse") else 3
-        allowance = times * np.abs(rough[name][fine] - right[fine]).max()
-        allowance += 2 * ulp(dtype, float(largest))
+        allowance = times * np.abs(rough[name][fine] - right[fine]).max() + 2 * ulp(dtype, largest)
         error = np.abs(x[fine] - right[fine]).max()
+        if error > allowance and name in truth["mass"]:
+            allowance += times * largest * max(plain_errors(c, name))
         assert error <= allowance, f"{name}: error {error}, allowed {allowance}"
+
+
+def plain_errors(c: SimpleNamespace, name: str) -> Iterator[float]:
+    """Yield errors of the plain formulas relative to the sum of the absolute terms."""
+    given = c.problem.q.dtype.newbyteorder("=")
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        other = SimpleNamespace(problem=c.problem, dense=c.dense,
+                                dout=rng.permuted(c.dout.astype(c.acc), axis=2).astype(given),
+                                dlse=rng.permuted(c.dlse, axis=2))
+        truth, rough = dense_results(other, exact(given)), dense_results(other, plain(given))
+        mass = np.abs(truth["mass"][name]).max()
+        yield float(np.abs(rough[name] - truth[name]).max() / mass) if mass else 0
 
 
 @pytest.fixture
@@ -369,11 +387,11 @@ def test_float16_is_exact_in_float32(n):
         np.testing.assert_array_equal(x, again[name].astype(dtype), err_msg=name, strict=True)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "m"), [(2, 90), (70, 90), (520, 530)])
 def test_dtypes_of_results(dtype, n, m, launched):
     """Those in the dtype of q are the others, which are to be added up, rounded once."""
-    c = call(b=1, h=2, g=1, n=n, m=m, dtype=dtype)
+    c = call(b=1, h=1, g=1, n=n, m=m, d=8, e=8, dtype=dtype)
     given = np.dtype(dtype)
     out, lse = softmax.forward(c.problem)
     delta = softmax.delta(c.dout, out, lse, c.dlse)
@@ -507,7 +525,7 @@ def test_poison_in_masked_slots_reaches_nothing(poison, dtype, terms, n):
     c = call(b=3, n=n, m=200, terms=terms, dtype=dtype, lengths=True, density=0.7,
              shapes={"bias": (1, 1, 1, 200), "gate": (1, 1, 1, 200)})
     p = c.problem
-    p.q_lengths[0], p.q_lengths[1] = n, n - 1
+    p.q_lengths[:2], p.kv_lengths[0] = (n, n - 1), 200
     hidden, blind = [0, 5, 70, 199], [i for i in (2, 66, 149) if i < n]
     c.dense[..., hidden] = False                        # keys that nobody sees, in partial tiles
     c.dense[..., blind, :] = False                      # and queries that see nothing
@@ -583,7 +601,7 @@ def test_large_scores_and_small_ones():
 # Few queries
 
 
-@pytest.mark.parametrize("dtype", [*KINDS, pytest.param(np.float16, id="float16")])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("h", "g", "n", "m"), [(4, 2, 1, 300), (8, 1, 1, 70), (4, 2, 3, 133),
                                                 (3, 3, 8, 200), (4, 4, 2, 1), (6, 2, 2, 64)])
 def test_few_queries(h, g, n, m, dtype, launched):
@@ -666,7 +684,7 @@ DIVISIONS = {
     "slices": Division(square(6, 70, 133, "bias gate offsets1", "11NM", "111M"), 1, 6, ALL_KINDS),
     "slices of groups": Division(square(5, 70, 90, "bias offsets", "1H1M", h=4, g=2), 1, 10),
     "slices and chunks": Division(
-        square(2, 530, 520, EVERY_TERM, "11NM", "111M", g=2), 2, 4, ALL_KINDS),
+        square(2, 530, 520, EVERY_TERM, "11NM", "111M", g=2), 2, 4, (np.float32, BFLOAT16)),
 }
 
 
@@ -748,7 +766,7 @@ def test_few_queries_in_any_order(dtype, monkeypatch):
 
 
 @pytest.mark.usefixtures("any_threads")
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "e"), [(1, 1), (65, 77), (200, 16), (3, 130), (0, 4), (4, 0)])
 def test_delta(dtype, n, e):
     """Small integers: every sum is exact, in any order."""
@@ -851,28 +869,23 @@ def test_a_warm_cache_needs_no_numba():
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other CPUs than x86")
 @pytest.mark.parametrize(("name", "features", "nbytes"), [
-    ("haswell", "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt,+lzcnt", 32), ("generic", "", 16)],
-    ids=["avx2", "plain"])
+    pytest.param("generic", "", 16, id="plain"),
+    # each width has its tests in test_micro_kernels; kernels know no more than how many lanes
+    pytest.param("haswell", "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt,+lzcnt", 32, id="avx2",
+                 marks=pytest.mark.slow)])
 def test_other_hosts(name, features, nbytes):
     """The same tests in a process for which the CPU is a smaller one, which has no bfloat16."""
-    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features,
-                                HOST_VARIABLE: str(nbytes)}
+    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    code = ("import ml_dtypes, numpy as np; from pyattn.kernels.cpu import host, job\n"
+            f"assert host.vector_bytes() == {nbytes}\n"
+            "assert job.kind_of(np.dtype(ml_dtypes.bfloat16))[0] == 'float32'")
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    chosen = ("bfloat16 and (lengths or terms or poison or few) "
+              "or float32 and (divisions or many_keys)")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k",
-         "(lengths or terms or poison or few or divisions or is_another) and not float64 "
-         "and not layouts"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-HOST_VARIABLE = "PYATTN_TEST_VECTOR_BYTES"
-
-
-@pytest.mark.skipif(HOST_VARIABLE not in os.environ, reason="run by test_other_hosts")
-def test_the_host_is_another(launched):
-    assert host.vector_bytes() == int(os.environ[HOST_VARIABLE])
-    run(call(dtype=BFLOAT16))
-    assert {kind for _, kind, _ in launched} == {"float32"}
 
 
 # Philox and the bookkeeping

@@ -31,7 +31,7 @@ import numpy as np
 from ..compile import kernel, part
 from .access import delta_at, fetch_add, job_at, load, numbers, rounded, store
 from .masking import (
-    ALL,
+    NONE,
     ONE,
     STRAIGHT,
     TRANSPOSED,
@@ -352,7 +352,7 @@ def gradient_tile(job, b, h, row_tile, key_tile, rows, depth, keys, name, chunk,
     masked = name >= 0 or keys < TILE or job.bias.at != 0 or job.gate.at != 0
     if masked:
         for r in range(depth):
-            store(words + 8 * r, allowed(job.bits, name, r, keys) if r < rows else ALL)
+            store(words + 8 * r, allowed(job.bits, name, r, keys) if r < rows else NONE)
     if job.bias.at or job.offsets:
         for r in range(rows if job.softcap == 0 else 0):
             add_terms(job, b, h, i0 + r, j0, keys, weights + r * TILE * size, words + 8 * r, buffer,

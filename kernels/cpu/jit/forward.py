@@ -44,6 +44,7 @@ from .vector import (
 )
 
 STEP = np.int64(1)
+CLEAN = np.bool_(False)
 
 
 @kernel
@@ -69,7 +70,7 @@ def forward(place, queue, units, scratch, unit, operand):
             values = job.v.pairs if job.fold > 1 else job.v.rows
             attend(job, b, h, t, job.k.columns + first * TILE * job.d_depth * job.operand,
                    values + first * TILE * job.e_padded * job.operand,
-                   job.v.notes + first, False, scratch, unit, operand)
+                   job.v.notes + first, CLEAN, scratch, unit, operand)
         task = fetch_add(queue, STEP)
     leave_tiles(unit, operand)
 
@@ -185,6 +186,9 @@ def finish(job, b, h, t, rows, tops, sums, acc, shares, unit):
         share, lse = unit - unit, rounded(-math.inf, unit)
         if r < rows and total != 0:
             share, lse = unit / total, top + math.log(total)
+        else:
+            # a query beyond its length may have been computed along with others, from anything
+            numbers(acc + r * job.e_padded * size, job.e_padded, unit)[:] = 0
         if job.sinks:
             sink = load(job.sinks + h * size, unit)
             highest = max(lse, sink)

@@ -54,6 +54,8 @@ def object_code(kernel: Any, unit: str, operand: str) -> tuple[int, bytes]:
     machine = host.target_machine()
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.slp_vectorization = False
+    # micro-kernels are unrolled as they should be; more only takes longer, to compile and to run
+    tuning.loop_unrolling = False
     builder = llvm.create_pass_builder(machine, tuning)
     builder.getModulePassManager().run(module, builder)
     code = machine.emit_object(module)

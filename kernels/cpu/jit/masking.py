@@ -12,7 +12,7 @@ import numpy as np
 from ..compile import part
 from .access import load, store, widened
 
-ONE = np.uint64(1)
+NONE, ONE = np.uint64(0), np.uint64(1)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 FULL = np.int64(-1)
 STRAIGHT, TRANSPOSED = np.bool_(False), np.bool_(True)

@@ -15,19 +15,21 @@ Products:
     dots             C[r, j] = sum_d A[r, d] B[j, d], B of any dtype read where it lies
     accumulate_rows  acc[r, :] += sum_j p[r, j] values[j, :], values of any dtype where they lie
 
-Rows of scores, all in place:
+Rows of scores and of sums, in place but for `lane_sums` and `row_dots`:
 
     weigh            s = exp(s - top) of rows of tiles, with `tops`, `sums` and `decays` kept
     differentiate    s = exp(s - lse), and of the gradients g = s * (g - delta)
     exp_rows         s = exp(s - lse)
     scale_rows       rows times a factor each
+    lane_sums        totals[r] = sum of sums[r, :], as many as a vector has lanes
+    row_dots         products[r] = sum of a[r, :] b[r, :]
     soft_cap         s = cap * tanh(s / cap) of one row
     select           `fill` where a bit of a 64-bit word is clear
 
 Numbers on their way to a product, or to the caller's array:
 
     convert_rows     rows of any dtype and stride times a scale, padded, as operands
-    write_row        a row times a factor, as any dtype
+    write_rows       rows times a factor each, as any dtype
     transpose        target[c, r] = source[r, c]
     pair_rows        two rows of bfloat16 interleaved
     round_row        a row of float32 as bfloat16, in place if need be
@@ -97,6 +99,14 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         return typed(rows.scale_rows, nbytes, "-", "iiiii", unit)
 
     @intrinsic
+    def lane_sums(context, sums, count, totals, unit):
+        return typed(rows.lane_sums, nbytes, "-", "iii", unit)
+
+    @intrinsic
+    def row_dots(context, a, b, row, count, width, products, unit):
+        return typed(rows.row_dots, nbytes, "-", "iiiiii", unit)
+
+    @intrinsic
     def soft_cap(context, row, count, cap, unit):
         return typed(rows.soft_cap, nbytes, "-", "iif", unit)
 
@@ -113,14 +123,6 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
     def write_rows(context, source, source_row, count, width, factors, target, target_row, kind,
                    unit):
         return typed(layout.write_rows, nbytes, "-", "iiiiiiii", unit, dot=dot)
-
-    @intrinsic
-    def lane_sums(context, sums, count, totals, unit):
-        return typed(rows.lane_sums, nbytes, "-", "iii", unit)
-
-    @intrinsic
-    def row_dots(context, a, b, row, count, width, products, unit):
-        return typed(rows.row_dots, nbytes, "-", "iiiiii", unit)
 
     @intrinsic
     def transpose(context, source, source_row, target, target_row, rows, columns, unit):
@@ -141,8 +143,8 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
     return SimpleNamespace(
         gemm=gemm, multiply=multiply, enter_tiles=enter_tiles, leave_tiles=leave_tiles, dots=dots,
         accumulate_rows=accumulate_rows, weigh=weigh, differentiate=differentiate,
-        exp_rows=exp_rows, scale_rows=scale_rows, soft_cap=soft_cap, select=select,
-        convert_rows=convert_rows, write_rows=write_rows, lane_sums=lane_sums, row_dots=row_dots,
+        exp_rows=exp_rows, scale_rows=scale_rows, lane_sums=lane_sums, row_dots=row_dots,
+        soft_cap=soft_cap, select=select, convert_rows=convert_rows, write_rows=write_rows,
         transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
 
 
@@ -151,7 +153,7 @@ gemm, multiply = _host.gemm, _host.multiply
 enter_tiles, leave_tiles = _host.enter_tiles, _host.leave_tiles
 dots, accumulate_rows = _host.dots, _host.accumulate_rows
 weigh, differentiate, exp_rows = _host.weigh, _host.differentiate, _host.exp_rows
-scale_rows, soft_cap, select = _host.scale_rows, _host.soft_cap, _host.select
+scale_rows, lane_sums, row_dots = _host.scale_rows, _host.lane_sums, _host.row_dots
+soft_cap, select = _host.soft_cap, _host.select
 convert_rows, write_rows, transpose = _host.convert_rows, _host.write_rows, _host.transpose
-lane_sums, row_dots = _host.lane_sums, _host.row_dots
 pair_rows, round_row, pair_rounded = _host.pair_rows, _host.round_row, _host.pair_rounded
