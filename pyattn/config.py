@@ -132,9 +132,11 @@ def _threads() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, str]:
+    from .kernels.cpu import tuning
     from .kernels.cpu.compile import cache_folder
 
-    return {"compiled kernels": str(cache_folder() or "nowhere: there is no home directory")}
+    return {"compiled kernels": str(cache_folder() or "nowhere: there is no home directory"),
+            "tuning table": str(tuning.source() or "built-in figures")}
 
 
 def _cpu() -> dict[str, Any]:

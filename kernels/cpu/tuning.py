@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,11 +50,17 @@ def table() -> Table:
 
 @functools.cache
 def _kept() -> Table:
+    path = source()
+    return DEFAULT if path is None else _read(path)
+
+
+def source() -> Path | None:
+    """Return the file that a table is read from; None stands for the built-in figures."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
-        return DEFAULT if chosen == "default" else _read(Path(chosen))
+        return None if chosen == "default" else Path(chosen)
     path = host_file()
-    return _read(path) if path is not None and path.exists() else DEFAULT
+    return path if path is not None and path.exists() else None
 
 
 def host_file() -> Path | None:
@@ -67,7 +74,8 @@ def _read(path: Path) -> Table:
     """Read a table, which must have a sensible figure for every kind."""
     try:
         content = json.loads(path.read_text())
-        figures = {name: {kind: int(content[name][kind]) for kind in KINDS} for name in CANDIDATES}
+        figures = {name: {kind: operator.index(content[name][kind]) for kind in KINDS}
+                   for name in CANDIDATES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"the tuning table {path} cannot be read ({type(error).__name__}: "
                           f"{error}); make it anew, or set {VARIABLE}=default") from error
@@ -92,11 +100,18 @@ def trial(candidate: Table) -> Iterator[None]:
 
 
 def save(found: Table) -> Path | None:
-    """Keep a table for this host; from the next process on it is used."""
+    """Keep a table for this host; from the next process on it is used.
+
+    Returns None where there is no folder for it, or none that can be written to.
+    """
     path = host_file()
-    if path is not None:
+    if path is None:
+        return None
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
         part.replace(path)
+    except OSError:
+        return None
     return path

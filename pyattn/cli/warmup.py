@@ -56,7 +56,7 @@ def _tune() -> None:
     finally:
         set_num_threads(usual)
     print(found)
-    print(f"kept in {tuning.save(found) or 'no file: there is no folder for it'}")
+    print(f"kept in {tuning.save(found) or 'no file: the folder for it cannot be written to'}")
 
 
 def _terms() -> dict[str, Any]:
