@@ -232,6 +232,97 @@ def test_calls_that_need_no_help_leave_nothing_behind():
     caller.join()
 
 
+KERNEL = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
+
+
+def by_address(function):
+    """Make a kernel that a helper who is awake calls by its address, as it calls compiled ones."""
+    kernel = KERNEL(function)
+    kernel.address = ctypes.cast(kernel, ctypes.c_void_p).value
+    return kernel
+
+
+@pytest.fixture
+def awake(monkeypatch):
+    """Helpers who stay awake; make sure that there is one, and count the invitations from then."""
+    monkeypatch.setattr(threads, "PATIENCE", 5_000_000)
+    monkeypatch.setattr(threads, "_boxes", [])
+    monkeypatch.setattr(threads, "_helpers", [])
+    monkeypatch.setattr(threads, "_invitations", type(threads._invitations)())
+    set_num_threads(2)
+    both, invitations = threading.Barrier(2), []
+    threads.run(lambda place, queue, units, scratch: both.wait(LONG) and None, 0, 2, 100, 1)
+    until = time.monotonic() + LONG
+    while threads._boxes[0].record["state"] != 1 and time.monotonic() < until:
+        time.sleep(1e-3)
+
+    class Counted(threads._Invitation):
+        def __init__(self, *arguments):
+            invitations.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(threads, "_Invitation", Counted)
+    return invitations
+
+
+def test_a_helper_who_is_awake_needs_no_invitation(awake):
+    helper, both = threads._helpers[0].ident, threading.Barrier(2)
+    seen = []
+
+    def kernel(place: int, queue: int, units: int, scratch: int) -> None:
+        both.wait(LONG)
+        seen.append((threading.get_ident(), place, units, scratch))
+
+    for place in range(3):
+        threads.run(by_address(kernel), place, 2, 100, 1)
+    assert awake == []
+    assert sorted(x[:3] for x in seen) == sorted(
+        (thread, place, 2) for thread in (threading.get_ident(), helper) for place in range(3))
+    assert len({scratch for *_, scratch in seen}) == 2
+
+
+def test_the_end_of_a_posted_call_is_waited_for(awake):
+    caller, both, finished = threading.get_ident(), threading.Barrier(2), []
+
+    def kernel(place: int, queue: int, units: int, scratch: int) -> None:
+        both.wait(LONG)
+        if threading.get_ident() != caller:
+            time.sleep(0.3)
+            finished.append(True)
+
+    threads.run(by_address(kernel), 0, 2, 100, 1)
+    assert finished
+    assert awake == []
+
+
+def test_a_helper_with_too_little_memory_is_invited(awake):
+    both = threading.Barrier(2)
+    kernel = by_address(lambda place, queue, units, scratch: both.wait(LONG) and None)
+    threads.run(kernel, 0, 2, 10**6, 1)
+    assert len(awake) == 1
+
+
+def test_callers_of_one_helper_at_once(awake):
+    taken: dict[int, list[int]] = {1: [], 2: []}
+
+    def kernel(place: int, queue: int, units: int, scratch: int) -> None:
+        for unit in units_from(queue, units):
+            taken[place].append(unit)
+            time.sleep(1e-5)
+
+    def caller(place: int) -> None:
+        for _ in range(50):
+            threads.run(by_address(kernel), place, 10, 100, 1)
+
+    callers = [threading.Thread(target=caller, args=(place,)) for place in taken]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    for units in taken.values():
+        assert sorted(units) == sorted(50 * [*range(10)])
+
+
 SHARE = """
 import ctypes, threading, time
 from pyattn.kernels.cpu import threads
@@ -246,6 +337,7 @@ assert share()
 """
 
 FORK = SHARE + """
+# the helper is still awake here
 import os, sys, warnings
 
 warnings.simplefilter("ignore", DeprecationWarning)

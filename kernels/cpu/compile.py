@@ -66,7 +66,9 @@ def _load(count: int, code: bytes) -> Callable[..., None]:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * count)
-    function = kind(engine.get_function_address(ENTRY))
+    place = engine.get_function_address(ENTRY)
+    function = kind(place)
+    function.address = place        # type: ignore[attr-defined]  # for helpers, who need no Python
     engine.detach()     # the code stays: a thread may be at work in it when the interpreter ends
     return function
 

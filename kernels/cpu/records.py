@@ -71,3 +71,6 @@ JOB = np.dtype([
 
 DELTA = _record("size kind heads n e e_padded "
                 "dout dout_b dout_h dout_n dout_e out out_b out_h out_n out_e lse dlse delta")
+
+BOX = _record("state done kernel place queue units scratch posted")
+"""What a helper who is awake is asked to do; see jit/waiting.py."""

@@ -10,13 +10,16 @@ import ctypes
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 
 from pyattn.checks import OptionError, require_integer
 
+from .compile import native
 from .memory import CACHE_LINE, address, aligned
+from .records import BOX
 
 OWN_VARIABLE = "PYATTN_NUM_THREADS"
 VARIABLES = (OWN_VARIABLE, "OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -25,6 +28,9 @@ KEPT_BYTES = 2**24
 """A thread keeps scratch memory up to this size for its next call."""
 
 MANY_INVITATIONS = 1000
+
+PATIENCE = 50_000
+"""How often a thread looks for what it waits for before it sleeps, one or two milliseconds."""
 
 _count: int | None = None
 
@@ -106,10 +112,62 @@ class _Invitation:
         return self.taken.acquire(blocking=False)
 
 
+class _Box:
+    """Where a helper who is awake finds what to do, without Python and without being woken."""
+
+    def __init__(self) -> None:
+        self.words = aligned((BOX.itemsize // 8,), np.int64)
+        self.words.fill(0)
+        self.place = address(self.words)
+        self.record = self.words.view(BOX)[0]
+        self.capacity = -1
+        """Bytes of scratch memory that the helper has ready; -1 before it first looks."""
+        self.taken = threading.Lock()
+        """Held by the caller whose work is in the box."""
+        self.end = 0
+        """What `done` will be when that is finished."""
+
+    def serve(self) -> None:
+        """Do what is posted, in the helper's thread, until for a while nothing is."""
+        memory = _take(0)
+        self.record["scratch"], self.capacity = memory.scratch, memory.nbytes
+        try:
+            native("waiting.serve", "float32")(self.place, PATIENCE)
+        finally:
+            _give_back(memory)
+
+    def post(self, kernel: int, place: int, units: int, memory: _Memory) -> bool:
+        """Ask the helper to join in a call; say whether it does."""
+        if memory.nbytes > self.capacity or not self.taken.acquire(blocking=False):
+            return False
+        for name, value in (("kernel", kernel), ("place", place), ("queue", memory.queue),
+                            ("units", units)):
+            self.record[name] = value
+        self.end = int(self.record["done"]) + 1
+        native("waiting.post", "float32")(self.place)
+        if self.record["posted"]:
+            return True
+        self.taken.release()
+        return False
+
+    @property
+    def finished(self) -> bool:
+        """Whether what was posted is done."""
+        return int(self.record["done"]) == self.end
+
+    def wait(self) -> None:
+        """Wait a while for what was posted to be done."""
+        look = native("waiting.until_done", "float32")
+        look(self.place, self.end, PATIENCE)
+        if not self.finished:
+            time.sleep(0)           # the helper's CPU may be this one
+
+
 _local = _Local()
 _lock = threading.Lock()
 _invitations: queue.SimpleQueue[_Invitation] = queue.SimpleQueue()
 _helpers: list[threading.Thread] = []
+_boxes: list[_Box] = []
 
 
 def run(kernel: Callable[[int, int, int, int], None], place: int, units: int, scratch_bytes: int,
@@ -150,7 +208,13 @@ def _together(kernel: Callable[[int, int, int, int], None], place: int, units: i
     _hire(helpers)
     _local.inside = True
     invitations: list[_Invitation] = []
+    posted: list[_Box] = []
     try:
+        machine_code = getattr(kernel, "address", 0)
+        for box in _boxes if machine_code else []:
+            if len(posted) < helpers and box.post(machine_code, place, units, memory):
+                posted.append(box)
+        helpers -= len(posted)
         # helpers that are busy for long come too late for short calls, which must not pile up
         for _ in range(helpers if _invitations.qsize() < MANY_INVITATIONS else 0):
             invitations.append(_Invitation(help_out))
@@ -161,7 +225,7 @@ def _together(kernel: Callable[[int, int, int, int], None], place: int, units: i
         raise
     finally:
         try:
-            _wait(invitations)
+            _wait(posted, invitations)
         finally:
             _local.inside = False
     for invitation in invitations:
@@ -169,9 +233,16 @@ def _together(kernel: Callable[[int, int, int, int], None], place: int, units: i
             raise invitation.error
 
 
-def _wait(invitations: list[_Invitation]) -> None:
+def _wait(posted: list[_Box], invitations: list[_Invitation]) -> None:
     """Wait for those who help; an interrupt must not leave them writing to memory that is gone."""
     interrupt = None
+    for box in posted:
+        while not box.finished:
+            try:
+                box.wait()
+            except BaseException as error:
+                interrupt = error
+        box.taken.release()
     for invitation in invitations:
         if not invitation.withdraw():
             while not invitation.finished:
@@ -203,17 +274,20 @@ def _hire(count: int) -> None:
     if len(_helpers) < count:
         with _lock:
             while len(_helpers) < count:
-                helper = threading.Thread(target=_serve, args=(_invitations,), daemon=True,
+                box = _Box()
+                helper = threading.Thread(target=_serve, args=(_invitations, box), daemon=True,
                                           name=f"pyattn_{len(_helpers)}")
                 helper.start()
+                _boxes.append(box)
                 _helpers.append(helper)
 
 
-def _serve(invitations: queue.SimpleQueue[_Invitation]) -> None:
+def _serve(invitations: queue.SimpleQueue[_Invitation], box: _Box) -> None:
     """Help whoever asks, until the process ends."""
     _local.inside = True
     while True:
         invitations.get().accept()
+        box.serve()
 
 
 def _after_fork() -> None:
@@ -221,6 +295,7 @@ def _after_fork() -> None:
     global _lock, _invitations
     _lock, _invitations = threading.Lock(), queue.SimpleQueue()
     _helpers.clear()
+    _boxes.clear()
     _local.inside = False
 
 

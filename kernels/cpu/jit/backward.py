@@ -256,8 +256,8 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
             q, dout = job.q.rows + at_q * each, job.dout.rows + at_dout * each
             q_pairs = job.q.pairs + at_q * each if job.fold > 1 else q
             dout_pairs = job.dout.pairs + at_dout * each if job.fold > 1 else dout
-            # what lies beyond the last query are zeros that pairs of operands may need
-            depth = TILE if job.fold > 1 else rows
+            # what lies beyond the last query or key are zeros that pairs of operands may need
+            depth, met = (TILE, TILE) if job.fold > 1 else (rows, count)
             if job.short:
                 # what the forward did, to the bit
                 dots(rows, count, job.d, q, job.d_padded, k_at, job.k.n, job.k.kind, weights, TILE,
@@ -276,15 +276,15 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
                               job.e_padded, unit, operand)
             else:
                 # dv += p^T dout
-                add_transposed(job, depth, weights, dout_pairs, job.e_padded, dv, scratch, unit,
-                               operand)
+                add_transposed(job, depth, met, weights, dout_pairs, job.e_padded, dv, scratch,
+                               unit, operand)
             exact = masked and load(job.q.notes + place, np.uint8(0)) != 0
             if exact:
                 exact_product(job, rows, job.d, dscores, TILE, words, 8, TRANSPOSED, q_pairs, dk,
                               job.d_padded, unit, operand)
             else:
                 # dk += dscore^T q
-                add_transposed(job, depth, dscores, q_pairs, job.d_padded, dk, scratch, unit,
+                add_transposed(job, depth, met, dscores, q_pairs, job.d_padded, dk, scratch, unit,
                                operand)
             if masked and strange_k:
                 exact_product(job, rows, job.d, dscores, TILE, words, 8, STRAIGHT, k_pairs, dq,
@@ -295,7 +295,7 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
                     for r in range(depth):
                         row = dscores + r * TILE * size
                         round_row(row, TILE, row)
-                multiply(rows, job.d_padded, TILE, dscores, TILE * job.fold, 1, k_pairs,
+                multiply(rows, job.d_padded, met, dscores, TILE * job.fold, 1, k_pairs,
                          job.d_padded * job.fold, dq, job.d_padded, 1, unit, operand)
     key = (b * job.groups + g) * job.m + t * TILE
     keys = min(TILE, job.m - t * TILE)
@@ -306,15 +306,18 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
 
 
 @part
-def add_transposed(job, depth, tile, source, padded, target, scratch, unit, operand):
-    """Add tile^T @ source to target; `source` is packed as a product over its rows takes it."""
+def add_transposed(job, depth, met, tile, source, padded, target, scratch, unit, operand):
+    """Add tile^T @ source to target, for `depth` rows and the first `met` columns of the tile.
+
+    `source` is packed as a product over its rows takes it.
+    """
     if job.fold > 1:
         turned = scratch + job.back.operand
         pair_rounded(tile, TILE, depth, TILE, turned, TILE)
         multiply(TILE, padded, depth, turned, TILE, 1, source, padded * job.fold, target, padded, 1,
                  unit, operand)
     else:
-        multiply(TILE, padded, depth, tile, 1, TILE, source, padded, target, padded, 1, unit,
+        multiply(met, padded, depth, tile, 1, TILE, source, padded, target, padded, 1, unit,
                  operand)
 
 

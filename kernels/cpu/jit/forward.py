@@ -155,7 +155,9 @@ def attend(job, b, h, t, k_at, v_at, notes, strange_group, scratch, unit, operan
                 for r in range(rows):
                     row = scores + r * width * size
                     round_row(row, tiles * TILE, row)
-            multiply(rows, job.e_padded, tiles * TILE, scores, width * job.fold, 1,
+            # beyond the last key are zeros, which pairs of operands may need
+            depth = tiles * TILE if job.fold > 1 else count
+            multiply(rows, job.e_padded, depth, scores, width * job.fold, 1,
                      v, job.e_padded * job.fold, acc, job.e_padded, 1, unit, operand)
     finish(job, b, h, t, rows, tops, sums, acc, scratch + job.ahead.decays, unit)
 
