@@ -22,11 +22,37 @@ if TYPE_CHECKING:
     from .engines.merge import merge
     from .threads import get_num_threads, set_num_threads
     from .variants.attention import attention
+    from .variants.axial import axial_attention
+    from .variants.bigbird import bigbird_attention
+    from .variants.block_diagonal import block_diagonal_attention
+    from .variants.blockbert import blockbert_attention
+    from .variants.coarse_fine import coarse_fine_attention
     from .variants.cross_modal import cross_modal_attention
+    from .variants.global_local import global_local_attention
+    from .variants.local_2d import local_attention_2d
+    from .variants.longformer import longformer_attention
+    from .variants.random_attention import random_attention
+    from .variants.sliding_window import sliding_window_attention
+    from .variants.sparse_transformer import sparse_transformer_attention
+    from .variants.swin import swin_attention
+    from .variants.temporal import temporal_attention
 
 VARIANTS = {
     "attention": "variants.attention",
+    "axial_attention": "variants.axial",
+    "bigbird_attention": "variants.bigbird",
+    "block_diagonal_attention": "variants.block_diagonal",
+    "blockbert_attention": "variants.blockbert",
+    "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
+    "global_local_attention": "variants.global_local",
+    "local_attention_2d": "variants.local_2d",
+    "longformer_attention": "variants.longformer",
+    "random_attention": "variants.random_attention",
+    "sliding_window_attention": "variants.sliding_window",
+    "sparse_transformer_attention": "variants.sparse_transformer",
+    "swin_attention": "variants.swin",
+    "temporal_attention": "variants.temporal",
 }
 """The catalogue: every attention function and the module it is written in."""
 

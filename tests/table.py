@@ -63,6 +63,7 @@ class Drawn:
     dense: oracle.Dense
     again: Callable[[int], Drawn] | None = None
     """The same case from another seed."""
+    function: str = "attention"
 
 
 def positions(shape: Shape, alignment="bottom_right", q_lengths=None, kv_lengths=None):
@@ -92,6 +93,9 @@ class Case:
     """allowed(i, j) by position."""
     alignment: str = "bottom_right"
     suits: Callable[[Shape], bool] = lambda s: True
+    function: str = "attention"
+    pattern: Callable[[dict[str, Any], Shape], np.ndarray] | None = None
+    """Allowed pairs (..., H, N, M), or what broadcasts to it, of a variant given these options."""
 
     def make(self, shape: Shape, dtype, seed=0) -> Drawn:
         rng = np.random.default_rng(
@@ -117,6 +121,8 @@ class Case:
             i, j, allowed = packed(options["segments"], self.alignment)
         if self.rule is not None:
             allowed = allowed & self.rule(i, j)
+        if self.pattern is not None:
+            allowed = allowed & self.pattern(options, shape)
         if "mask" in options and isinstance(options["mask"], np.ndarray):
             allowed = allowed & options["mask"]
         scale = arrays.get("scale", options.get("scale", shape.d**-0.5))
@@ -133,7 +139,9 @@ class Case:
             slopes=arrays.get("alibi_slopes"),
             distance=np.abs(i - j),
         )
-        return Drawn(arrays, options, dense, lambda seed: self.make(shape, dtype, seed))
+        return Drawn(
+            arrays, options, dense, lambda seed: self.make(shape, dtype, seed), self.function
+        )
 
 
 def packed(segments, alignment):

@@ -26,7 +26,7 @@ def run(drawn: Drawn, backend, dlse=True, **extra):
     """Output, lse and gradients of one case on one backend."""
     rng = np.random.default_rng(7)
     with pyattn.use_backend(backend):
-        (out, lse), saved = pyattn.attention.forward(
+        (out, lse), saved = getattr(pyattn, drawn.function).forward(
             **drawn.arrays, **drawn.options, **extra, return_lse=True
         )
         dout = rng.standard_normal(out.shape).astype(out.dtype)

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pyattn
 from pyattn import cli
 from pyattn.checks import OptionError, ShapeError
 from pyattn.cli import bench as bench_command
-from pyattn.cli import info
+from pyattn.cli import catalogue, info
 from pyattn.cli import progress as progress_module
 from pyattn.cli.progress import progress
 
@@ -120,6 +121,62 @@ def test_show_config_refuses_another_mode():
 def test_warmup_compiles(capsys):
     assert cli.main(["warmup", "--dtype", "float32"]) == 0
     assert capsys.readouterr().out.startswith("3 calls in ")
+
+
+def picture(text):
+    return [line for line in text.splitlines() if line and not line.strip("█·")]
+
+
+def test_show_draws_what_a_variant_computes(capsys):
+    assert cli.main(["show", "longformer", "--n", "6", "--option", "window=1", "--option",
+                     "causal=True", "--option", "global_index=[3]"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("longformer_attention(q, k, v, window=1, causal=True, global_index=[3])")
+    assert "pairs  14 of 36 allowed" in text
+    assert picture(text) == ["█·····", "██····", "·██···", "████··", "···██·", "···███"]
+    assert cli.main(["show", "coarse_fine_attention", "--n", "4", "--option", "block_size=2"]) == 0
+    text = capsys.readouterr().out
+    assert "4 queries, 6 keys" in text
+    assert picture(text) == ["██···█", "██···█", "··███·", "··███·"]
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.EXAMPLES))
+def test_show_draws_each_variant_of_sequences(name, capsys):
+    short = name.replace("_attention", "")
+    assert cli.main(["show", short, "--n", "64"]) == 0
+    text = capsys.readouterr().out
+    assert len(picture(text)) == 64
+    # with values one-hot and no weight 0, the output tells who sees whom
+    x, v = np.zeros((4, 64, 1)), np.broadcast_to(np.eye(64), (4, 64, 64))
+    out = getattr(pyattn, name)(x, x, v, **catalogue.EXAMPLES[name])[0]
+    drawn = np.array([[cell == "█" for cell in line] for line in picture(text)])
+    if name == "coarse_fine_attention":
+        # eight tokens see by one mean
+        drawn = drawn[:, :64] | np.repeat(drawn[:, 64:], 8, axis=1)
+    assert np.array_equal(drawn, out != 0)
+
+
+def test_show_counts_the_tiles_that_a_variant_executes(capsys):
+    assert cli.main(["show", "sliding_window", "--n", "1024", "--heads", "2", "--option",
+                     "window=0"]) == 0
+    assert "run    16 tiles by each head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["axial"], "axial_attention needs --option shape=..."),
+    (["axial", "--option", "shape=(8, 8)", "--n", "64"], "it has no one mask"),
+    (["swin", "--option", "shape=(8, 8)", "--option", "window=4"], "it needs arrays, bias_table"),
+    (["longformer", "--option", "windw=3"], "--option of longformer_attention must be one of"),
+    (["causal", "--option", "window=3"], "--option is for variants; 'causal' is none"),
+    (["longformer", "--heads", "0"], "--heads must be at least 1; got 0"),
+    (["longformer", "--n", "-1"], "--n must be at least 0; got -1"),
+    (["longformers"], "there is no mask 'longformers'"),
+])
+def test_show_says_what_cannot_be_drawn(arguments, says, capsys):
+    assert cli.main(["show", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
 
 
 def test_bench_says_that_it_needs_a_checkout(monkeypatch, tmp_path, capsys):

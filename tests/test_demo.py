@@ -11,7 +11,7 @@ import pytest
 
 from pyattn import cli, layers
 from pyattn.checks import OptionError
-from pyattn.cli import demo
+from pyattn.cli import catalogue, demo
 
 SMALL = functools.partial(demo.Model, width=16, num_heads=2, depth=1, context=16)
 
@@ -129,6 +129,28 @@ def test_a_run_tells_and_writes_what_it_found(small, tmp_path, capsys):
     assert samples[0].strip() in printed
 
 
+@pytest.mark.parametrize("name", sorted(catalogue.EXAMPLES))
+def test_every_variant_of_sequences_can_be_trained(small, texts, tmp_path, capsys, name):
+    assert cli.main(["demo", "--attention", name, "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert f"2 heads of {name}" in capsys.readouterr().out
+    model, params = demo.load(tmp_path / "weights.safetensors")
+    assert model.attention == name
+    assert model.options == catalogue.EXAMPLES[name]
+    tokens = model.encode(texts[2][:16])
+    before = layers.language_model(tokens, params, **model.arguments)
+    for place in (4, 15):
+        changed = np.where(np.arange(16) == place, tokens - 1, tokens)
+        after = layers.language_model(changed, params, **model.arguments)
+        np.testing.assert_allclose(before[:place], after[:place], rtol=0, atol=1e-6)
+        assert (before[place] != after[place]).any()
+
+
+def test_a_short_name_and_some_options_are_enough(small, tmp_path, capsys):
+    assert cli.main(["demo", "--attention", "longformer", "--steps", "1", "--out", str(tmp_path),
+                     "--option", "window=3"]) == 0
+    assert "longformer_attention (window=3, global_index=[0])" in capsys.readouterr().out
+
+
 def test_the_loss_is_drawn_where_matplotlib_is(tmp_path):
     pytest.importorskip("matplotlib")
     written = demo.draw_curve(tmp_path, [(1, 4.0, None), (2, 3.0, 3.5)], 2.5, "attention")
@@ -149,6 +171,9 @@ def test_only_a_full_run_above_the_bigram_entropy_fails(small, tmp_path, monkeyp
 @pytest.mark.parametrize(("arguments", "complaint"), [
     (["--attention", "nothing"], "--attention must be one of attention"),
     (["--attention", "cross_modal_attention"], "which can be causal"),
+    (["--attention", "axial"], "which can be causal; got 'axial_attention'"),
+    (["--attention", "longformer", "--option", "bias=3"],
+     "--option of longformer_attention must be one of window, global_index"),
     (["--option", "wndow=3"], "--option of attention must be one of mask, bias"),
     (["--option", "causal=False"], "got 'causal'"),
     (["--option", "window"], "--option must be KEY=VALUE; got 'window'"),

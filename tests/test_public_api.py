@@ -17,16 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CORE = """
     attention cross_modal_attention merge
+    sliding_window_attention local_attention_2d global_local_attention random_attention
+    sparse_transformer_attention block_diagonal_attention blockbert_attention bigbird_attention
+    axial_attention temporal_attention swin_attention
+    longformer_attention coarse_fine_attention
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError
 """.split()
 MASKS = """
     causal window window_2d global_tokens strided fixed random_blocks segments lengths blocks graph
-    dense predicate per_head Mask BlockMask
+    dense predicate per_head per_item Mask BlockMask
 """.split()
 LAYERS = """
     linear layer_norm feed_forward rotary multi_head cross_attention transformer_block
+    swin_block patch_merging swin timesformer_block
 """.split()
 TESTING = ["check", "gradcheck", "cases"]
 
@@ -116,7 +121,21 @@ def test_call_and_forward_have_one_signature(operation):
     assert operation.forward is not operation
 
 
-NEEDED = {"cross_modal_attention": {"modality_lengths": (1, 1)}}
+NEEDED = {
+    "axial_attention": {"shape": (1, 2)},
+    "block_diagonal_attention": {"block_size": 1},
+    "blockbert_attention": {"num_blocks": 1},
+    "coarse_fine_attention": {"block_size": 1},
+    "cross_modal_attention": {"modality_lengths": (1, 1)},
+    "global_local_attention": {"first": 1},
+    "local_attention_2d": {"shape": (1, 2), "window": 1},
+    "longformer_attention": {"window": 1, "global_index": (0,)},
+    "random_attention": {"num_random": 1},
+    "sliding_window_attention": {"window": 1},
+    "sparse_transformer_attention": {"stride": 1},
+    "swin_attention": {"bias_table": np.ones((1, 1)), "shape": (2,), "window": 1},
+    "temporal_attention": {"frames": 1},
+}
 """Options that have no default."""
 
 

@@ -47,7 +47,9 @@ def forward(problem: Any) -> tuple[np.ndarray, np.ndarray]:
     plan = forward_plan(g, short=is_short(problem, g), gated=problem.gate is not None,
                         chunk=tuning.table().chunk[g.kind])
     job = Job(problem, g, plan.record)
-    out = np.empty((g.batch, g.heads, g.n, g.e), problem.q.dtype.newbyteorder("="))
+    given = g.dtype if "out" in problem.summed else problem.q.dtype.newbyteorder("=")
+    out = np.empty((g.batch, g.heads, g.n, g.e), given)
+    job.put("given", SOURCE_CODES[given], given.itemsize)
     lse = np.empty((g.batch, g.heads, g.n), g.dtype)
     job.put("out", address(out), address(lse))
     groups = g.batch * g.groups

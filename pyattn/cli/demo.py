@@ -8,12 +8,10 @@ looks at one character at a time: below it, attention has found something.
 from __future__ import annotations
 
 import argparse
-import ast
 import collections
 import csv
 import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -26,6 +24,7 @@ import numpy as np
 from .. import VARIANTS, layers
 from ..checks import OptionError
 from ..differentiable import Saved, differentiable, gradients
+from .catalogue import EXAMPLES, completed, full_name, parameters, parse_options, require_options
 from .progress import progress
 
 BLOCK = tuple(layers.init_transformer_block(0, 1))
@@ -97,18 +96,13 @@ def attention_function(name: str, options: dict[str, Any]) -> Any:
     """The attention function of that name, or OptionError if it cannot be causal as asked."""
     import pyattn
 
-    takes = {variant: inspect.signature(getattr(pyattn, variant)).parameters
-             for variant in VARIANTS}
-    causal = [variant for variant, parameters in takes.items() if "causal" in parameters]
+    # a variant without an example is of grids, or of more than one sequence
+    causal = [variant for variant in VARIANTS
+              if variant in EXAMPLES and "causal" in parameters(variant)]
     if name not in causal:
         raise OptionError(f"--attention must be one of {', '.join(causal)}, which can be causal; "
                           f"got {name!r}")
-    allowed = [option for option, parameter in takes[name].items()
-               if parameter.kind is parameter.KEYWORD_ONLY and option != "causal"]
-    for option in options:
-        if option not in allowed:
-            raise OptionError(f"--option of {name} must be one of {', '.join(allowed)}; "
-                              f"got {option!r}")
+    require_options(name, options, withheld=("causal",))
     return getattr(pyattn, name)
 
 
@@ -272,9 +266,11 @@ def add(subparsers: Any) -> None:
                     "backward by pyattn alone, and compare its loss on held-out text with the "
                     "text's bigram entropy. Status 1 if a full run does not get below it.")
     parser.add_argument("--attention", default="attention", metavar="NAME",
-                        help="any causal attention function of pyattn (default: attention)")
+                        help="any causal attention function of pyattn, such as longformer "
+                             "(default: attention)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
-                        help="an option for it, such as window=32; may be repeated")
+                        help="an option for it, such as window=32; may be repeated; what it "
+                             "needs has small defaults")
     parser.add_argument("--ablate", action="store_true",
                         help="zero the attention's output: the same model without it")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
@@ -299,13 +295,16 @@ def run(args: argparse.Namespace) -> int:
         model, params = load(args.load)
         print(sample(model, params, prompt, SAMPLE, args.seed))
         return 0
-    model = Model("".join(sorted(set(text))), args.attention, _options(args.option), args.ablate)
-    attention_function(model.attention, model.options)
+    name, options = full_name(args.attention), parse_options(args.option)
+    attention_function(name, options)
+    model = Model("".join(sorted(set(text))), name, completed(name, options), args.ablate)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"text: {len(text):,} characters, {len(model.alphabet)} distinct: "
           f"ln({len(model.alphabet)}) = {math.log(len(model.alphabet)):.2f}, unigram entropy "
           f"{unigram:.2f}, bigram entropy {bigram:.2f} nats")
     name = f"{model.attention}{' zeroed' if model.ablate else ''}"
+    if model.options:
+        name += f" ({', '.join(f'{key}={value}' for key, value in model.options.items())})"
     print(f"model: {model.depth} blocks of width {model.width}, {model.num_heads} heads of {name}, "
           f"context {model.context}\n", flush=True)
     fresh = model.parameters(np.random.default_rng(args.seed))
@@ -327,19 +326,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"written: {', '.join(map(str, written))}")
     judged = not model.ablate and step >= STEPS
     return 1 if judged and not passed else 0
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    options = {}
-    for item in given:
-        key, separator, value = item.partition("=")
-        if not separator or not key.isidentifier():
-            raise OptionError(f"--option must be KEY=VALUE; got {item!r}")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-    return options
 
 
 def _quoted(title: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""``python -m pyattn show``: a mask's tiles, counted and drawn."""
+"""``python -m pyattn show``: the tiles of a mask, or of a variant's pattern, counted and drawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import inspect
 import math
 from typing import Any
 
-from pyattn.checks import BackendError, OptionError
+import numpy as np
+
+from .. import VARIANTS
+from ..checks import BackendError, OptionError, require_integer
+from .catalogue import completed, full_name, parse_options, require_options
 
 CONSTRUCTORS = ("block_lists", "blocks", "causal", "dense", "fixed", "full", "global_tokens",
                 "lengths", "packed", "per_head", "random_blocks", "segments", "strided", "window",
@@ -18,15 +22,22 @@ CONSTRUCTORS = ("block_lists", "blocks", "causal", "dense", "fixed", "full", "gl
 def add(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
-        "show", help="count and draw a mask's tiles",
-        description="Compile a mask, count its tiles and pairs, and draw it.",
-        epilog='example: show "causal() & window(64, 0)" --n 512 --output mask.png')
+        "show", help="count and draw the tiles of a mask or of a variant's pattern",
+        description="Compile a mask, or the pattern that an attention variant computes, count its "
+                    "tiles and pairs, and draw it.",
+        epilog='examples: show "causal() & window(64, 0)" --n 512 --output mask.png; '
+               "show longformer --n 64 --option window=8 --option causal=True")
     parser.add_argument(
         "mask", help="a name, such as causal, or an expression of masks with & | ~, such as "
                      '"causal() & (window(64, 0) | global_tokens([0]))"; there are '
-                     + ", ".join(CONSTRUCTORS))
+                     + ", ".join(CONSTRUCTORS) + "; or a variant with a pattern, such as bigbird")
     parser.add_argument("--n", type=int, default=512, metavar="N", help="queries (512)")
     parser.add_argument("--m", type=int, metavar="M", help="keys (as many as queries)")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
+                        help="an option for the variant; may be repeated; what it needs has small "
+                             "defaults")
+    parser.add_argument("--heads", type=int, default=4, metavar="H",
+                        help="heads of the variant; the pattern of the first is drawn (4)")
     parser.add_argument("--output", metavar="FILE",
                         help="write the picture there, as .png, .pdf or .svg (needs matplotlib)")
     parser.set_defaults(run=run)
@@ -35,7 +46,17 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print counts and picture; write the picture if asked."""
     n, m = args.n, args.n if args.m is None else args.m
-    mask = parse(args.mask)
+    name = full_name(args.mask.strip())
+    executed = None
+    if name in VARIANTS:
+        options = completed(name, parse_options(args.option))
+        mask, n, m, executed = pattern(name, n, m, args.heads, options)
+        given = "".join(f", {key}={value!r}" for key, value in options.items())
+        print(f"{name}(q, k, v{given})")
+    elif args.option:
+        raise OptionError(f"--option is for variants; {args.mask!r} is none")
+    else:
+        mask = parse(args.mask)
     blocks = mask.compile(n, m)
     tiles, pairs = blocks.tiles, blocks.count().pairs
     copies = math.prod(blocks.layout.shape)
@@ -43,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{mask!r}, {n:,} queries, {m:,} keys"
           + (f", leading axes {mask.lead}, the first drawn" if mask.lead else ""))
     print(f"tiles  {tiles.full:,} full, {tiles.partial:,} partial, {tiles.empty:,} empty")
+    if executed is not None:
+        print(f"run    {executed:,} tiles by each head")
     print(f"pairs  {pairs:,} of {n * m * copies:,} allowed{share}")
     print(f"bytes  {blocks.nbytes:,} in {len(blocks.rows.first):,} runs "
           f"and {len(blocks.bits):,} bit tiles")
@@ -52,6 +75,42 @@ def run(args: argparse.Namespace) -> int:
         _write(mask, n, m, args.output)
         print(f"\nwrote {args.output}")
     return 0
+
+
+def pattern(name: str, n: int, m: int, heads: int, options: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the mask that a variant attends by, its queries, keys, and tiles executed by a head.
+
+    The variant is run on zeros of width 1, and its record tells: what is drawn is what is computed.
+
+    Raises
+    ------
+    OptionError
+        The variant does not take these options, or attends by no mask of all tokens.
+
+    Examples
+    --------
+    >>> pattern("sliding_window_attention", 8, 8, 2, {"window": 1, "causal": True})[0].mask
+    window(1, 1) & causal()
+    """
+    import pyattn
+
+    require_options(name, options, withheld=("return_lse", "return_weights"))
+    heads = require_integer("--heads", heads, minimum=1)
+    q, k = (np.zeros((heads, require_integer(side, count, minimum=0), 1), np.float32)
+            for side, count in (("--n", n), ("--m", m)))
+    operation = getattr(pyattn, name)
+    more = [p.name for p in list(inspect.signature(operation).parameters.values())[3:]
+            if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    if more:
+        raise OptionError(f"{name} cannot be drawn: it needs arrays, {', '.join(more)}")
+    _, saved = operation.forward(q, k, k, **options)
+    found = saved
+    while not hasattr(found, "mask"):
+        parts = [part for part in vars(found).values() if hasattr(part, "stats")]
+        if len(parts) != 1:
+            raise OptionError(f"{name} cannot be drawn: it has no one mask")
+        found = parts[0]
+    return found.mask, found.placement.n, found.placement.m, saved.stats["tiles"] // heads
 
 
 def _write(mask: Any, n: int, m: int, path: str) -> None:

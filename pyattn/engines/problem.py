@@ -21,7 +21,7 @@ A kernel module for this engine, ``pyattn.kernels.<backend>.softmax``, has five 
 
 Arrays may be strided views, and are not written to. lse, delta and the gradients of scale and
 offsets come in acc; out, weights and the other gradients in acc or in the dtype of their argument,
-as the kernel likes, but gradients of what is named in `Problem.summed` in acc: they are added up.
+as the kernel likes, but what `Problem.summed` names in acc: it is added to others.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Problem:
     streams: np.ndarray | None = None
     """int32 (1 or B, N): dropout's number of the sequence that a query is of."""
     summed: tuple[str, ...] = ()
-    """Those of q, k, v that broadcast over batch axes."""
+    """Those of q, k, v whose gradients, and "out" if the output, are added to others."""
 
 
 def record(kind: type[T], fields: dict[str, Any]) -> T:

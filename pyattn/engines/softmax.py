@@ -25,6 +25,7 @@ from ..checks import (
     require_real,
 )
 from ..differentiable import Saved, gradients
+from . import parts
 from .placement import Placement, place
 from .problem import Problem, Term, record
 
@@ -72,8 +73,10 @@ class SoftmaxSaved(Call):
     @property
     def stats(self) -> dict[str, int]:
         """Counters: pairs allowed, 64 x 64 tiles executed, flops of those, bytes in and out."""
-        problem = _problem(self)
-        tiles, pairs = problem.blocks.count(problem.layout, problem.q_lengths, problem.kv_lengths)
+        divided = parts.parts_of(self.mask, self.placement)
+        problem = _problem(self, divided)
+        tiles, pairs = (problem.blocks.count(problem.layout, problem.q_lengths, problem.kv_lengths)
+                        if divided is None else parts.count(problem, divided))
         widths = self.q.shape[-1] + self.v.shape[-1]
         moved = (self.q, self.k, self.v, self.out, self.lse)
         return {"pairs": pairs, "tiles": tiles, "flops": 2 * 64 * 64 * tiles * widths,
@@ -89,7 +92,8 @@ class SoftmaxSaved(Call):
             Gradient of the log-sum-exp, where the loss uses it.
         """
         _check_cotangents(self, dout, dlse)
-        problem, xp = _problem(self), arrays.namespace(self.q)
+        divided = parts.parts_of(self.mask, self.placement)
+        problem, xp = _problem(self, divided), arrays.namespace(self.q)
         acc = arrays.accumulator(xp, self.q)
         rows = problem.q.shape[:3]
         wide = (*rows, self.v.shape[-1])
@@ -99,7 +103,8 @@ class SoftmaxSaved(Call):
             dlse = arrays.cast(xp, arrays.reshape(xp, dlse, rows), acc)
         kernel = dispatch.kernel("softmax", problem, self.q)
         delta = _delta(kernel, xp, problem, dout, out, lse, dlse)
-        grads = kernel.backward(problem, dout, lse, delta)
+        grads = (kernel.backward(problem, dout, lse, delta) if divided is None else
+                 parts.backward(kernel, problem, divided, dout, lse, delta))
 
         found = {name: _unbroadcast(xp, grads[name], x, self.placement.batch)
                  for name, x in (("q", self.q), ("k", self.k), ("v", self.v))}
@@ -158,16 +163,19 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
         "offsets": None if offsets is None else offsets(placement.distances), "mask": mask,
         "placement": placement, "softcap": None if softcap is None else float(softcap),
         "dropout": _check_dropout(dropout), "dropout_seed": _seed(dropout, rng, decisions)})
-    problem = _problem(call)
+    divided = parts.parts_of(mask, placement)
+    problem = _problem(call, divided)
     kernel = dispatch.kernel("softmax", problem, q)
-    out, lse = kernel.forward(problem)
+    out, lse = (kernel.forward(problem) if divided is None else
+                parts.forward(kernel, problem, divided))
     rows = (*batch, heads, n)
     result = arrays.cast(xp, arrays.reshape(xp, out, (*rows, v.shape[-1])), q.dtype)
     saved = record(SoftmaxSaved, {**vars(call), "out": result,
                                   "lse": arrays.reshape(xp, lse, rows)})
     extras = [saved.lse] if return_lse else []
     if return_weights:
-        weights = arrays.reshape(xp, kernel.weights(problem, lse), (*rows, m))
+        whole = problem if divided is None else _problem(call, None)
+        weights = arrays.reshape(xp, kernel.weights(whole, lse), (*rows, m))
         extras.append(arrays.cast(xp, weights, q.dtype))
     return ((result, *extras) if extras else result), saved
 
@@ -258,12 +266,15 @@ def _check_mask(mask: Any, rows: tuple[int, ...]) -> masks.Mask:
     return mask
 
 
-def _problem(call: Call) -> Problem:
-    """The kernel's view of a call: leading axes in one, every option in its neutral form."""
+def _problem(call: Call, divided: parts.Parts | None) -> Problem:
+    """The kernel's view of a call: leading axes in one, every option in its neutral form.
+
+    Where it is to be divided into parts, these have the masks.
+    """
     q, placement = call.q, call.placement
     xp, batch, heads = arrays.namespace(q), placement.batch, q.shape[-3]
     acc = arrays.accumulator(xp, q)
-    blocks = placement.compile(call.mask)
+    blocks = placement.compile(call.mask if divided is None else EVERYTHING)
     fields = {
         "q": _flat(xp, q, batch), "k": _flat(xp, call.k, batch), "v": _flat(xp, call.v, batch),
         "scale": _per_head(xp, call.scale, heads, acc, q), "blocks": blocks,

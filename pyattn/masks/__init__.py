@@ -11,9 +11,11 @@
 █··███
 """
 
-from .algebra import Mask, per_head
+from .algebra import Mask, per_head, restrict
 from .block_mask import BlockMask, Runs
+from .per_item import per_item
 from .placement import placed
+from .plan import plan
 from .positions import (
     causal,
     fixed,
@@ -42,9 +44,12 @@ __all__ = [
     "lengths",
     "packed",
     "per_head",
+    "per_item",
     "placed",
+    "plan",
     "predicate",
     "random_blocks",
+    "restrict",
     "segments",
     "strided",
     "window",

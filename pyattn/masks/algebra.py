@@ -428,3 +428,25 @@ class per_head(Mask):
         return f"per_head([{', '.join(map(repr, self.masks))}])"
 
 
+def restrict(pattern: Mask, mask: Any) -> Mask:
+    """Return the pairs of `pattern` that `mask` allows, too.
+
+    Parameters
+    ----------
+    pattern : Mask
+    mask : Mask, boolean array (..., H, N, M) of any library, or None
+        None restricts nothing.
+
+    Examples
+    --------
+    >>> from pyattn import masks
+    >>> masks.restrict(masks.causal(), masks.window(2, 0))
+    causal() & window(2, 0)
+    """
+    if mask is None:
+        return pattern
+    if not isinstance(mask, Mask):
+        from .stored import dense
+
+        mask = dense(arrays.to_host(mask))
+    return pattern & mask

@@ -330,12 +330,12 @@ class global_tokens(Positional):
     def allowed(self, i: Index, j: Index) -> np.ndarray:
         return self._holds(i) | self._holds(j)
 
-    def classify(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
-        def held(low: Index, high: Index) -> np.ndarray:
-            count = np.searchsorted(self.index, high + 1) - np.searchsorted(self.index, low)
-            return share(count, high - low + 1)
+    def _held(self, low: Index, high: Index) -> np.ndarray:
+        count = np.searchsorted(self.index, high + 1) - np.searchsorted(self.index, low)
+        return share(count, high - low + 1)
 
-        return np.maximum(held(i0, i1), held(j0, j1))
+    def classify(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
+        return np.maximum(self._held(i0, i1), self._held(j0, j1))
 
     def signature(self, i0: Index, j0: Index) -> tuple[np.ndarray, ...]:
         def word(start: Index) -> np.ndarray:

@@ -1,0 +1,100 @@
+"""Variants by name, with the options that commands give them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from typing import Any
+
+from .. import VARIANTS
+from ..checks import OptionError
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "bigbird_attention": {"block_size": 8, "num_random": 1, "rng": 0},
+    "block_diagonal_attention": {"block_size": 16},
+    "blockbert_attention": {"num_blocks": 2},
+    "coarse_fine_attention": {"block_size": 8},
+    "global_local_attention": {"window": 16, "first": 1},
+    "local_attention_2d": {"shape": [1024, 16], "window": 2},
+    "longformer_attention": {"window": 16, "global_index": [0]},
+    "random_attention": {"num_random": 2, "block_size": 8, "rng": 0},
+    "sliding_window_attention": {"window": 16},
+    "sparse_transformer_attention": {"stride": 8},
+}
+"""Small options for variants of one sequence of any length."""
+
+
+def full_name(name: str) -> str:
+    """Return the catalogue's name of a variant, which may be given without "attention".
+
+    Examples
+    --------
+    >>> full_name("longformer"), full_name("nothing")
+    ('longformer_attention', 'nothing')
+    """
+    short = {variant.replace("_attention", ""): variant for variant in VARIANTS}
+    return short.get(name, name)
+
+
+def parse_options(given: list[str]) -> dict[str, Any]:
+    """Read ``["window=3", "mode=fixed"]``; values are Python literals, or else strings.
+
+    Raises
+    ------
+    OptionError
+        One is not KEY=VALUE.
+    """
+    options = {}
+    for item in given:
+        key, separator, value = item.partition("=")
+        if not separator or not key.isidentifier():
+            raise OptionError(f"--option must be KEY=VALUE; got {item!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """Return the options that the variant `name` takes, with those it hands on to attention."""
+    import pyattn
+
+    own = inspect.signature(getattr(pyattn, name)).parameters
+    found = {key: p for key, p in own.items() if p.kind is p.KEYWORD_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in own.values()):
+        found = {**parameters("attention"), **found}
+    return found
+
+
+def require_options(name: str, options: dict[str, Any], *, withheld: tuple[str, ...] = ()) -> None:
+    """Raise OptionError for an option that the variant does not take, or that is `withheld`."""
+    allowed = [option for option in parameters(name) if option not in withheld]
+    for option in options:
+        if option not in allowed:
+            raise OptionError(f"--option of {name} must be one of {', '.join(allowed)}; "
+                              f"got {option!r}")
+
+
+def completed(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the `options` given, or examples: all if none are given, else those that it needs.
+
+    Raises
+    ------
+    OptionError
+        The variant needs an option that is not given and has no example.
+
+    Examples
+    --------
+    >>> completed("longformer_attention", {"window": 3})
+    {'window': 3, 'global_index': [0]}
+    """
+    examples = EXAMPLES.get(name, {})
+    needed = [key for key, p in parameters(name).items() if p.default is p.empty]
+    missing = [key for key in needed if key not in options and key not in examples]
+    if missing:
+        raise OptionError(f"{name} needs --option {'=..., '.join(missing)}=...")
+    if not options:
+        return dict(examples)
+    return options | {key: examples[key] for key in needed if key not in options}
