@@ -371,6 +371,8 @@ def test_every_public_function_has_a_check():
                and task.function.startswith("layers.")
                and task.function.removeprefix("layers.") not in installation._LAYERS]
     assert unknown == []
+    known = {"attention", "cross_modal_attention", *installation._PATTERNS, *installation._VARIANTS}
+    assert known == set(pyattn.VARIANTS)
 
 
 @pytest.mark.slow

@@ -79,7 +79,9 @@ def _checker(name: str, thorough: bool) -> Callable[[], list[CaseResult]]:
     known: dict[str, Callable[[], list[CaseResult]]] = {
         "attention": functools.partial(_attention, thorough),
         "cross_modal_attention": functools.partial(_cross_modal, thorough), "merge": _merge}
-    return known.get(name, functools.partial(_gradients_of, {}, name))
+    if name in _PATTERNS:
+        return functools.partial(_pattern, thorough, name)
+    return known.get(name, functools.partial(_gradients_of, _VARIANTS, name))
 
 
 def _attention(thorough: bool) -> list[CaseResult]:
@@ -115,19 +117,60 @@ def _cross_modal(thorough: bool) -> list[CaseResult]:
     results: list[CaseResult] = []
     for interactive in (False, True):
         allowed = (modality[:, None] != modality) | (not interactive)
-        case = Case("interactive" if interactive else "joint", "cross modal", n=words + patches,
-                    m=words + patches, heads=4, options={"mask": allowed}, dlse=True)
-
-        def forward(q: Any, k: Any, v: Any, *, mask: Any, return_lse: bool = False,
-                    interactive: bool = interactive) -> Any:
-            return cross_modal_attention.forward(
-                q, k, v, modality_lengths=(words, patches), interactive=interactive,
-                return_lse=return_lse)
-
-        report = check(SimpleNamespace(forward=forward), cases=case, name="cross_modal_attention",
-                       dtypes=arrays.FLOATS if thorough else ("float32",))
-        results += report.results
+        options = {"modality_lengths": (words, patches), "interactive": interactive}
+        results += _masked("interactive" if interactive else "joint", cross_modal_attention,
+                           allowed, options, thorough)
     return results
+
+
+def _masked(case: str, variant: Any, allowed: np.ndarray, options: dict[str, Any],
+            thorough: bool) -> list[CaseResult]:
+    """Compare a variant with attention over the pairs that it stands for."""
+    def forward(q: Any, k: Any, v: Any, *, mask: Any, return_lse: bool = False) -> Any:
+        return variant.forward(q, k, v, return_lse=return_lse, **options)
+
+    problem = Case(case, variant.__name__, n=allowed.shape[-1], m=allowed.shape[-1], heads=4,
+                   kv_heads=2, options={"mask": allowed}, dlse=True)
+    report = check(SimpleNamespace(forward=forward), cases=problem, name=variant.__name__,
+                   dtypes=arrays.FLOATS if thorough else ("float32",))
+    return list(report.results)
+
+
+_I, _J = np.arange(130)[:, None], np.arange(130)[None, :]
+_DRAWN = np.stack([np.arange(9), (np.arange(9) * 2 + 1) % 9], axis=1)
+"""For blocks of 16: every block's own number, and one other."""
+
+_PATTERNS: dict[str, tuple[dict[str, Any], np.ndarray]] = {
+    "sliding_window_attention": (
+        {"window": 5, "dilation": 3}, (abs(_I - _J) <= 15) & ((_I - _J) % 3 == 0)),
+    "local_attention_2d": (
+        {"shape": (10, 13), "window": 2},
+        (abs(_I // 13 - _J // 13) <= 2) & (abs(_I % 13 - _J % 13) <= 2)),
+    "block_diagonal_attention": ({"block_size": 16}, _I // 16 == _J // 16),
+    "blockbert_attention": (
+        {"num_blocks": 2, "shifts": (0, 1, 0, 1)},
+        (_I // 65 + np.array([0, 1, 0, 1])[:, None, None]) % 2 == _J // 65),
+    "random_attention": (
+        {"num_random": 1, "block_size": 16, "decisions": {"blocks": np.stack([_DRAWN] * 4)}},
+        (_DRAWN[_I // 16] == (_J // 16)[..., None]).any(-1)),
+    "bigbird_attention": (
+        {"block_size": 16, "num_random": 0},
+        (abs(_I // 16 - _J // 16) <= 1) | np.isin(_I // 16, (0, 8)) | np.isin(_J // 16, (0, 8))),
+    "global_local_attention": (
+        {"window": 4, "global_index": (0, 77)},
+        (abs(_I - _J) <= 4) | np.isin(_I, (0, 77)) | np.isin(_J, (0, 77))),
+    "sparse_transformer_attention": (
+        {"stride": 8}, (_J <= _I) & ((_I - _J < 8) | ((_I - _J) % 8 == 0))),
+    "temporal_attention": (
+        {"frames": 10, "window": 3},
+        (_I % 13 == _J % 13) & (abs(_I // 13 - _J // 13) <= 3)),
+}
+"""Options of variants, and the pairs that they then stand for."""
+
+
+def _pattern(thorough: bool, name: str) -> list[CaseResult]:
+    options, allowed = _PATTERNS[name]
+    return _masked("130 tokens", getattr(pyattn, name), allowed, options, thorough)
 
 
 def _merge() -> list[CaseResult]:
@@ -166,7 +209,8 @@ def _gradients_of(calls: Calls, name: str) -> list[CaseResult]:
         return [CaseResult("gradients", "float64", SKIPPED, message="no check is known for it")]
     rng = np.random.default_rng(0)
     arguments, options = calls[name](lambda *shape: rng.standard_normal(shape))
-    result = gradcheck(getattr(pyattn.layers, name), *arguments, raise_on_failure=False, **options)
+    operation = getattr(pyattn if name in pyattn.VARIANTS else pyattn.layers, name)
+    result = gradcheck(operation, *arguments, raise_on_failure=False, **options)
     return [CaseResult("gradients", "float64", OK if result else FAILED,
                        message="" if result else str(result))]
 
@@ -194,6 +238,34 @@ def _language_model(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (np.arange(10).reshape(2, 5) % 7, params), {"num_heads": 2}
 
 
+def _swin_block(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_swin_block(0, 4, num_heads=2, window=2, dtype=np.float64)
+    return (draw(2, 3, 5, 4), params), {"num_heads": 2, "window": 2, "shift": 1}
+
+
+def _swin(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_swin(0, image=(8, 8), channels=1, patch=2, width=4, depths=(1, 1),
+                                     num_heads=(1, 2), window=2, dtype=np.float64)
+    return (draw(1, 8, 8, 1), params), {"patch": 2, "num_heads": (1, 2), "window": 2}
+
+
+def _timesformer_block(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_timesformer_block(0, 4, num_heads=2, dtype=np.float64)
+    return (draw(2, 13, 4), params), {"frames": 3, "num_heads": 2}
+
+
+_VARIANTS: Calls = {
+    "axial_attention": lambda draw: (
+        tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
+    "coarse_fine_attention": lambda draw: (
+        tuple(draw(2, 2, 14, 4) for _ in range(3)), {"block_size": 4, "causal": True}),
+    "longformer_attention": lambda draw: (
+        tuple(draw(2, 2, 12, 4) for _ in range(6)), {"window": 2, "global_index": (0, 7)}),
+    "swin_attention": lambda draw: (
+        (*(draw(2, 2, 30, 4) for _ in range(3)), draw(25, 2)),
+        {"shape": (5, 6), "window": 3, "shift": 1}),
+}
+
 _LAYERS: Calls = {
     "linear": lambda draw: ((draw(2, 3, 5), draw(5, 4), draw(4)), {}),
     "layer_norm": lambda draw: ((draw(2, 3, 8), draw(8), draw(8)), {}),
@@ -213,5 +285,9 @@ _LAYERS: Calls = {
     "transformer_block": _block,
     "transformer": _blocks,
     "vit": _vit,
+    "patch_merging": lambda draw: ((draw(2, 3, 4, 3), draw(12), draw(12), draw(12, 5)), {}),
+    "swin_block": _swin_block,
+    "swin": _swin,
+    "timesformer_block": _timesformer_block,
     "language_model": _language_model,
 }

@@ -153,7 +153,7 @@ def longformer_attention(q: Array, k: Array, v: Array, q_global: Array | None = 
     References
     ----------
     .. [1] Beltagy et al., "Longformer: The Long-Document Transformer", 2020, arXiv:2004.05150,
-       section 3.1 (the pattern, dilation per head) and "Linear Projections" there (six arrays).
+       section 3.1 (the pattern, dilation per head, projections for global attention).
 
     Examples
     --------
