@@ -174,7 +174,7 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
                                   "lse": arrays.reshape(xp, lse, rows)})
     extras = [saved.lse] if return_lse else []
     if return_weights:
-        whole = problem if divided is None else _problem(call, None)
+        whole = problem if divided is None else _problem(call)
         weights = arrays.reshape(xp, kernel.weights(whole, lse), (*rows, m))
         extras.append(arrays.cast(xp, weights, q.dtype))
     return ((result, *extras) if extras else result), saved
@@ -266,7 +266,7 @@ def _check_mask(mask: Any, rows: tuple[int, ...]) -> masks.Mask:
     return mask
 
 
-def _problem(call: Call, divided: parts.Parts | None) -> Problem:
+def _problem(call: Call, divided: parts.Parts | None = None) -> Problem:
     """The kernel's view of a call: leading axes in one, every option in its neutral form.
 
     Where it is to be divided into parts, these have the masks.
