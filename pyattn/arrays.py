@@ -134,6 +134,14 @@ def cast(xp: Any, x: Array, dtype: Any) -> Array:
         return xp.astype(x, dtype, copy=False)
 
 
+def added(total: Array, x: Array) -> Array:
+    """Return `total` + `x`; `total` is ours, so it may be written to where that saves an array."""
+    if type(total) is np.ndarray and total.flags.writeable:
+        total += x
+        return total
+    return total + x
+
+
 def device(x: Array) -> Any:
     """The device of `x`, as array-api functions take it."""
     return array_api_compat.device(x)

@@ -175,11 +175,15 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     tiles = g.batch * g.heads * g.row_tiles
     rows, size, pairs = tiles * TILE, g.dtype.itemsize, g.fold > 1
     q, dout_rows = (rows * width * g.operand.itemsize for width in (g.d_padded, g.e_padded))
+    # sums that are laid out as their result is are made in its place
+    sums = {name: rows * g.d_padded * size if name == "q" else x.size * size * (pieces.chunks > 1)
+            for name, x in found.items()}
+    in_place = [name for name, x in found.items() if x.nbytes == sums[name] and x.dtype == g.dtype]
     at = job.workspace(
         q=q, q_pairs=q * pairs, q_notes=tiles, dout=dout_rows, dout_pairs=dout_rows * pairs,
-        dout_notes=tiles, shifts=rows * size, means=rows * size, dq=rows * g.d_padded * size,
-        dk=found["k"].size * size * (pieces.chunks > 1),
-        dv=found["v"].size * size * (pieces.chunks > 1))
+        dout_notes=tiles, shifts=rows * size, means=rows * size,
+        **{f"d{name}": 0 if name in in_place else nbytes for name, nbytes in sums.items()})
+    at |= {f"d{name}": address(found[name]) for name in in_place}
     dscale = np.zeros((g.batch, g.heads, g.row_tiles))
     for name in ("q", "dout"):
         job.put(f"{name}.rows", at[name], 0, at[f"{name}_pairs"], at[f"{name}_notes"])

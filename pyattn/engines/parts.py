@@ -61,9 +61,9 @@ def forward(kernel: Any, problem: Problem, parts: Parts) -> tuple[Array, Array]:
             share = xp.where(own == -math.inf, 0.0, xp.exp(own - lse))[..., None]
         if type(out) is np.ndarray:
             out *= share
-            total = out if total is None else np.add(total, out, out=total)
         else:
-            total = share * out if total is None else total + share * out
+            out = share * out
+        total = out if total is None else arrays.added(total, out)
     return total, lse
 
 
@@ -76,13 +76,12 @@ def backward(kernel: Any, problem: Problem, parts: Parts, dout: Array, lse: Arra
         rows = (_taken(xp, _heads(xp, x, part.heads, 1), part.queries, part)
                 for x in (dout, lse, delta))
         grads = kernel.backward(_problem(xp, problem, part), *rows)
+        if type(dout) is np.ndarray and part.heads is None:
+            for name, order in (("q", part.queries), ("k", part.keys), ("v", part.keys)):
+                if name in total and order is not None:
+                    _add_at(total[name], grads.pop(name), order)
         for name, x in _put_back(xp, grads, part, problem).items():
-            if name not in total:
-                total[name] = x
-            elif type(x) is np.ndarray and total[name].flags.writeable:
-                total[name] += x
-            else:
-                total[name] = total[name] + x
+            total[name] = arrays.added(total[name], x) if name in total else x
     return total
 
 
@@ -129,15 +128,16 @@ def _problem(xp: Any, p: Problem, part: Part) -> Problem:
 
 
 def _put_back(xp: Any, grads: dict[str, Array], part: Part, p: Problem) -> dict[str, Array]:
-    """Return a part's gradients as those of the whole problem."""
+    """Return those of a part's gradients that are there as they are for the whole problem."""
     heads, groups = p.q.shape[1], p.k.shape[1]
     chosen = _groups(part.heads, heads, groups)
-    found = {"q": _spread_heads(xp, _spread(xp, grads["q"], part.queries, part, p.q.shape[2], 0.0),
-                                part.heads, heads, 1, 0.0),
-             "scale": _spread_heads(xp, grads["scale"], part.heads, heads, 0, 0.0)}
-    for name in ("k", "v"):
-        back = _spread(xp, grads[name], part.keys, part, p.k.shape[2], 0.0)
-        found[name] = _spread_heads(xp, back, chosen, groups, 1, 0.0)
+    found = {"scale": _spread_heads(xp, grads["scale"], part.heads, heads, 0, 0.0)}
+    for name, order, own, all_own in (("q", part.queries, part.heads, heads),
+                                      ("k", part.keys, chosen, groups),
+                                      ("v", part.keys, chosen, groups)):
+        if name in grads:
+            back = _spread(xp, grads[name], order, part, getattr(p, name).shape[2], 0.0)
+            found[name] = _spread_heads(xp, back, own, all_own, 1, 0.0)
     for name in ("bias", "gate"):
         if getattr(p, name) is not None:
             found[name] = _term_gradient(xp, grads[name], getattr(p, name), part)
@@ -222,6 +222,15 @@ def _spread(xp: Any, x: Array, order: Order | None, part: Part, tokens: int,
     x = xp.concat([x, xp.full_like(x[:, :, :1, ...], fill)], axis=2)
     taken = [xp.take(x, _index(xp, place, x), axis=2) for place in order.places(tokens)]
     return functools.reduce(lambda a, b: a + b, taken)
+
+
+def _add_at(total: np.ndarray, x: np.ndarray, order: Order) -> None:
+    """Add tokens where they stand, as `_spread` puts them, without an array of that size."""
+    items, h, slots, *rest = x.shape
+    x = x.reshape(items // order.items, order.items, h, slots, *rest)
+    for item, index in enumerate(order.index):
+        held = index[index != NONE]
+        total[:, :, held] += x[:, item, :, :len(held)]
 
 
 def _term(xp: Any, term: Term, part: Part) -> Term:

@@ -63,9 +63,13 @@ class LongformerSaved(Saved):
         xp, take = arrays.namespace(dout), self.rows.take
         dlse = None if dlse is None else take(dlse[..., None])[..., 0]
         overall = self.overall.backward(take(dout), dlse)._asdict()
-        overall["q"] = self.rows.put(xp.zeros_like(found["q"]), overall["q"])
         if self.shared:
-            return gradients(tuple(found))(*(found[name] + overall[name] for name in found))
+            # local queries of global tokens have no gradient of their own
+            found["q"] = self.rows.put(found["q"], overall.pop("q"))
+            for name, gradient in overall.items():
+                found[name] = arrays.added(found[name], gradient)
+            return gradients(tuple(found))(**found)
+        overall["q"] = self.rows.put(xp.zeros_like(found["q"]), overall["q"])
         scale = {"scale": found.pop("scale") + overall.pop("scale")} if "scale" in found else {}
         found |= {f"{name}_global": gradient for name, gradient in overall.items()} | scale
         return gradients(tuple(found))(**found)
