@@ -123,37 +123,35 @@ class _Box:
         self.capacity = -1
         """Bytes of scratch memory that the helper has ready; -1 before it first looks."""
         self.taken = threading.Lock()
-        """Held by the caller whose work is in the box."""
+        """Held by the caller whose work is in the box, and while the memory changes."""
         self.end = 0
         """What `done` will be when that is finished."""
 
     def serve(self) -> None:
         """Do what is posted, in the helper's thread, until for a while nothing is."""
         memory = _take(0)
-        self.record["scratch"], self.capacity = memory.scratch, memory.nbytes
+        with self.taken:
+            self.record["scratch"], self.capacity = memory.scratch, memory.nbytes
         try:
             native("waiting.serve", "float32")(self.place, PATIENCE)
         finally:
             _give_back(memory)
 
     def post(self, kernel: int, place: int, units: int, memory: _Memory) -> bool:
-        """Ask the helper to join in a call; say whether it does."""
-        if memory.nbytes > self.capacity or not self.taken.acquire(blocking=False):
+        """Ask the helper to join in a call; say whether it does. The caller holds `taken`."""
+        if memory.nbytes > self.capacity:
             return False
         for name, value in (("kernel", kernel), ("place", place), ("queue", memory.queue),
                             ("units", units)):
             self.record[name] = value
         self.end = int(self.record["done"]) + 1
         native("waiting.post", "float32")(self.place)
-        if self.record["posted"]:
-            return True
-        self.taken.release()
-        return False
+        return bool(self.record["posted"])
 
     @property
     def finished(self) -> bool:
-        """Whether what was posted is done."""
-        return int(self.record["done"]) == self.end
+        """Whether nothing was posted, or it is done."""
+        return not self.record["posted"] or int(self.record["done"]) == self.end
 
     def wait(self) -> None:
         """Wait a while for what was posted to be done."""
@@ -210,15 +208,15 @@ def _together(kernel: Callable[[int, int, int, int], None], place: int, units: i
     invitations: list[_Invitation] = []
     posted: list[_Box] = []
     try:
-        machine_code = getattr(kernel, "address", 0)
-        for box in _boxes if machine_code else []:
-            if len(posted) < helpers and box.post(machine_code, place, units, memory):
-                posted.append(box)
-        helpers -= len(posted)
+        helpers -= _post(kernel, place, units, memory, helpers, posted)
         # helpers that are busy for long come too late for short calls, which must not pile up
         for _ in range(helpers if _invitations.qsize() < MANY_INVITATIONS else 0):
             invitations.append(_Invitation(help_out))
             _invitations.put(invitations[-1])
+        # who has woken up in between looks into the box, not for invitations
+        for _ in range(_post(kernel, place, units, memory, len(invitations), posted)):
+            if invitations[-1].withdraw():
+                invitations.pop()
         kernel(place, memory.queue, units, memory.scratch)
     except BaseException:
         memory.next_unit.value = units
@@ -231,6 +229,19 @@ def _together(kernel: Callable[[int, int, int, int], None], place: int, units: i
     for invitation in invitations:
         if invitation.error is not None:
             raise invitation.error
+
+
+def _post(kernel: Callable[[int, int, int, int], None], place: int, units: int, memory: _Memory,
+          helpers: int, posted: list[_Box]) -> int:
+    """Post the call to up to `helpers` who are awake; add their boxes to `posted`; count them."""
+    machine_code, before = getattr(kernel, "address", 0), len(posted)
+    for box in _boxes if machine_code and helpers else []:
+        if len(posted) - before < helpers and box.taken.acquire(blocking=False):
+            box.record["posted"] = 0
+            posted.append(box)
+            if not box.post(machine_code, place, units, memory):
+                posted.pop().taken.release()
+    return len(posted) - before
 
 
 def _wait(posted: list[_Box], invitations: list[_Invitation]) -> None:
@@ -287,7 +298,8 @@ def _serve(invitations: queue.SimpleQueue[_Invitation], box: _Box) -> None:
     _local.inside = True
     while True:
         invitations.get().accept()
-        box.serve()
+        if invitations.empty():
+            box.serve()
 
 
 def _after_fork() -> None:
