@@ -31,6 +31,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the short set")
     parser.add_argument("--rows", metavar="REGEX", help="only rows whose name matches")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
+    parser.add_argument("--patterns", action="store_true",
+                        help="only fixed patterns, at N = 1024, 4096 and 16384")
     parser.add_argument("--targets", action="store_true",
                         help="only rows with a target, and a table of what was reached")
     parser.add_argument("--threads", type=int, nargs="+", default=[len(_cores())], metavar="N",
@@ -55,11 +57,13 @@ def main() -> int:
 
     from .harness import measure
     from .report import markdown, plot, target_table
-    from .rows import ROWS
-    from .targets import TARGETS
+    from .rows import ROWS, PatternRow
+    from .targets import PATTERN_TARGETS, TARGETS
 
+    targets = PATTERN_TARGETS if args.patterns else TARGETS
     rows = [row for row in ROWS if (row.quick or not args.quick)
-            and (not args.targets or any(target.speaks_of(row) for target in TARGETS))
+            and (isinstance(row, PatternRow) or not args.patterns)
+            and (not args.targets or any(target.speaks_of(row) for target in targets))
             and (args.rows is None or re.search(args.rows, row.name))]
     if args.list:
         print("\n".join(row.name for row in rows))
@@ -77,7 +81,7 @@ def main() -> int:
                 bar.advance(text=row.name)
     table = markdown(measurements, threads, dropped)
     if args.targets:
-        table += "\n" + target_table(TARGETS, measurements, threads)
+        table += "\n" + target_table(targets, measurements, threads)
     print(table, end="")
     if args.output:
         args.output.write_text(table)
@@ -88,7 +92,8 @@ def main() -> int:
 
 def _again(threads: int, args: argparse.Namespace) -> int:
     """Run this command for one number of threads, in a process that starts with all cores."""
-    switches = [f"--{name.replace('_', '-')}" for name in ("quick", "targets", "list", "no_memory")
+    switches = [f"--{name.replace('_', '-')}"
+                for name in ("quick", "patterns", "targets", "list", "no_memory")
                 if getattr(args, name)]
     values = [f"--{name}={value}" for name in ("rows", "seconds")
               if (value := getattr(args, name)) is not None]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .rivals import JUDGES, RIVALS, Inputs, Unsupported, gemms, reads
-from .rows import Row
+from .rows import PatternRow, Row
 
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
 """Largest difference from the float64 formulas, relative to the largest value, that is timed."""
@@ -35,6 +35,9 @@ LONGEST = 3
 
 WAKEFUL = 0.5
 """A call of more seconds than this wakes its threads in a small part of its time."""
+
+PATIENCE = 6.0
+"""A call of more seconds than this is timed in the first turn alone."""
 
 SHORTEST = 0.02
 """Seconds that one timing takes at least; a faster call is repeated."""
@@ -73,6 +76,8 @@ class Measurement:
     """By rival, the largest difference from float64, relative to the largest value."""
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     """By rival, why it was not timed."""
+    different: list[str] = dataclasses.field(default_factory=list)
+    """Rivals that compute something else, such as all pairs: timed, and compared with nothing."""
     machine: float | None = None
     """Work in a second of the machine's own matrix product, or read, in the same turns."""
     share: Spread | None = None
@@ -101,7 +106,8 @@ def measure(row: Row, backward: bool, *, seconds: float = 3.0, memory: bool = Tr
                         for rival, values in times.items() if rival != first}
         found.share = ratios(machine, times[first]).times(row.work(backward) / work)
     if memory and row.memory:
-        found.megabytes = {rival: peak_megabytes(row, backward, rival) for rival in times}
+        found.megabytes = {rival: peak_megabytes(row, backward, rival) for rival in times
+                           if rival not in found.different}
     return found
 
 
@@ -112,14 +118,21 @@ def _agreeing(found: Measurement, inputs: Inputs) -> dict[str, Callable[[], Any]
     calls = {}
     found.absent.update({rival: reason for rival, reason in row.without.items()
                          if rival in row.rivals})
+    found.absent.update({rival: f"it needs {gigabytes} GB, more than half of this machine's memory"
+                         for rival, gigabytes in row.gigabytes.items()
+                         if gigabytes > machine_gigabytes() / 2})
     for rival in row.rivals:
         if rival in found.absent:
             continue
         try:
             call, host = RIVALS[row.function][rival](row, inputs, found.backward)
-            error = difference(host(call()), right)
+            error = None if host is None else difference(host(call()), right)
         except (ImportError, Unsupported) as reason:
             found.absent[rival] = str(reason)
+            continue
+        if error is None:
+            found.different.append(rival)
+            calls[rival] = call
             continue
         found.errors[rival] = error
         if error <= TOLERANCE[row.dtype]:
@@ -127,6 +140,13 @@ def _agreeing(found: Measurement, inputs: Inputs) -> dict[str, Callable[[], Any]
         else:
             found.absent[rival] = f"wrong by {error:.1e} of the largest value"
     return calls
+
+
+def machine_gigabytes() -> float:
+    """Memory of the machine; inf if it is not told."""
+    if not hasattr(os, "sysconf"):
+        return float("inf")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def difference(got: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> float:
@@ -140,7 +160,9 @@ def difference(got: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> float:
 
 def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int = 5,
               most: int = 50, rest: float = 0.0) -> dict[str, list[float]]:
-    """Time each call once per turn, for about `seconds`; every list has one time per turn.
+    """Time each call once per turn, for about `seconds`.
+
+    Every list has one time per turn, but that of a call slower than `PATIENCE` has the first alone.
 
     Before each timing, `rest` seconds pass and the call is made once: worker threads of the library
     that ran last may spin for a while, and this one's must wake up.
@@ -156,6 +178,8 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int
                 turn >= FEWEST and passed > LONGEST * seconds):
             return times
         for name in order:
+            if turn and alone[name] > PATIENCE:
+                continue
             time.sleep(rest)
             if alone[name] < WAKEFUL:
                 calls[name]()
@@ -165,8 +189,8 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int
 
 
 def ratios(times: Sequence[float], first: Sequence[float]) -> Spread:
-    """Of each turn, the time divided by the first rival's."""
-    return Spread.of([a / b for a, b in zip(times, first, strict=True)])
+    """Of each turn that has both, the time divided by the first rival's."""
+    return Spread.of([a / b for a, b in zip(times, first, strict=False)])
 
 
 def _timed(call: Callable[[], Any], repeats: int) -> float:
@@ -212,7 +236,8 @@ def peak_megabytes(row: Row, backward: bool, rival: str) -> float | None:
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    request = json.dumps({"row": dataclasses.asdict(row), "backward": backward, "rival": rival})
+    request = json.dumps({"row": dataclasses.asdict(row), "pattern": isinstance(row, PatternRow),
+                          "backward": backward, "rival": rival})
     child = subprocess.run(
         [sys.executable, "-m", "bench.harness", request], capture_output=True, text=True,
         check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
@@ -223,13 +248,13 @@ def peak_megabytes(row: Row, backward: bool, rival: str) -> float | None:
 
 def _print_peak(request: str) -> None:
     wanted = json.loads(request)
-    row = Row(**wanted["row"])
+    row = (PatternRow if wanted["pattern"] else Row)(**wanted["row"])
     prepare = RIVALS[row.function][wanted["rival"]]
 
     def run(row: Row) -> Callable[[], Any]:
         return prepare(row, row.inputs(), wanted["backward"])[0]
 
-    run(shortened(row, 128))()
+    run(row.shortened(128))()
     call = run(row)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -238,15 +263,6 @@ def _print_peak(request: str) -> None:
     before = _high_water()
     call()
     print((_high_water() - before) / 1024)
-
-
-def shortened(row: Row, most: int) -> Row:
-    """The same kind of problem with no length above `most`."""
-    options = dict(row.options)
-    if "kv_lengths" in options:
-        options["kv_lengths"] = [min(length, most) for length in options["kv_lengths"]]
-    return dataclasses.replace(row, length=min(row.length, most), options=options,
-                               keys=None if row.keys is None else min(row.keys, most))
 
 
 def _high_water() -> int:

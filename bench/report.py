@@ -36,6 +36,11 @@ def markdown(measurements: Sequence[Measurement], threads: int,
         "many bytes. MB: peak memory above the inputs.",
         "",
     ]
+    different = list(dict.fromkeys(rival for found in measurements for rival in found.different))
+    if different:
+        lines += [f"Timed, but not compared: {', '.join(different)} attend over all pairs, causal "
+                  "where the pattern is. In the layers of other packages, functions that hand over "
+                  "q, k and v are in the place of the projections.", ""]
     if dropped:
         taken = ", ".join(f"{name}={value}" for name, value in dropped.items())
         lines += [f"Not passed on to the libraries: {taken}.", ""]

@@ -1,10 +1,6 @@
 """Who is measured: each rival of a function as a call on arrays of its own library.
 
-A rival is ``rival(row, inputs, backward) -> (call, host)``: `call()` does the work and returns when
-it is done; `host(result)` gives what it returned as NumPy arrays, (out,) or (out, dq, dk, dv), and
-dbias where there is a bias. What a user would prepare once (layouts, dense masks for libraries that
-need them, compilation) is prepared outside `call`. A rival that is not installed raises
-ImportError; one that cannot do the row, Unsupported.
+`calls` says what a rival is.
 """
 
 from __future__ import annotations
@@ -15,14 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .rows import Row
-
-Inputs = dict[str, np.ndarray]
-Rival = tuple[Callable[[], Any], Callable[[Any], tuple[np.ndarray, ...]]]
-
-
-class Unsupported(Exception):
-    """A rival cannot do a row; the message says why."""
+from .calls import Inputs, Rival, Unsupported, torch_call, torch_tensors, torch_to_host
+from .peers import PEERS
+from .rows import PATTERNS, PatternRow, Row
 
 
 def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray | None = None, *,
@@ -85,6 +76,15 @@ def judge(row: Row, inputs: Inputs, backward: bool, block: int = 512) -> tuple[n
     return (out, dq, dk, dv) if dbias is None else (out, dq, dk, dv, dbias)
 
 
+def judge_variant(row: Row, inputs: Inputs, backward: bool) -> tuple[np.ndarray, ...]:
+    """What the variant itself gives in float64.
+
+    The tests hold the variants to the papers' rules; here others' code is held to the variants.
+    """
+    exact = {name: x.astype(np.float64) for name, x in inputs.items()}
+    return _pyattn(row, exact, backward)[0]()
+
+
 def _numpy_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     allowed = row.allowed()
     acc = np.float64 if row.dtype == "float64" else np.float32
@@ -98,19 +98,18 @@ def _numpy_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     return call, lambda result: result
 
 
-def _pyattn_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
+def _pyattn(row: Row, inputs: Inputs, backward: bool) -> Rival:
     import pyattn
 
-    arguments: dict[str, Any] = {**inputs, **row.options}
+    function = getattr(pyattn, row.function)
+    arguments: dict[str, Any] = {**inputs, **row.arguments()}
     dout = arguments.pop("dout")
-    if (mask := row.mask()) is not None:
-        arguments["mask"] = mask
 
     def forward() -> tuple[np.ndarray, ...]:
-        return (pyattn.attention(**arguments),)
+        return (function(**arguments),)
 
     def both() -> tuple[np.ndarray, ...]:
-        out, saved = pyattn.attention.forward(**arguments)
+        out, saved = function.forward(**arguments)
         return (out, *saved.backward(dout))
 
     return (both if backward else forward), lambda result: result
@@ -120,7 +119,7 @@ def _torch_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    *arguments, dout = _torch_tensors(row, inputs)
+    *arguments, dout = torch_tensors(row, inputs)
     q, k, v, *bias = arguments
     settings: dict[str, Any] = {"enable_gqa": row.groups != row.heads}
     if row.options == {"causal": True} and row.density is None and not bias:
@@ -131,15 +130,9 @@ def _torch_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
         settings["attn_mask"] = bias[0]
     elif row.masked:
         settings["attn_mask"] = torch.from_numpy(row.allowed())
-    if backward:
-        for x in arguments:
-            x.requires_grad_()
-
-    def call() -> tuple[Any, ...]:
-        out = scaled_dot_product_attention(q, k, v, **settings)
-        return (out, *torch.autograd.grad(out, arguments, dout)) if backward else (out,)
-
-    return call, _torch_to_host
+    call = torch_call(lambda: scaled_dot_product_attention(q, k, v, **settings), arguments, dout,
+                      backward)
+    return call, torch_to_host
 
 
 def _flex_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
@@ -147,7 +140,7 @@ def _flex_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    *arguments, _ = _torch_tensors(row, inputs)
+    *arguments, _ = torch_tensors(row, inputs)
     q, k, v, *bias = arguments
     settings: dict[str, Any] = {"enable_gqa": row.groups != row.heads}
     if row.masked:
@@ -171,7 +164,7 @@ def _flex_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
         raise Unsupported(_first_sentence(refused)) from refused
     if backward:
         raise Unsupported("its backward on the CPU is not measured")
-    return call, _torch_to_host
+    return call, torch_to_host
 
 
 def _flex_mask(row: Row) -> Callable[..., Any]:
@@ -197,18 +190,6 @@ def _flex_mask(row: Row) -> Callable[..., Any]:
 def _first_sentence(error: Exception) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.partition(". ")[0].rstrip(".")
-
-
-def _torch_tensors(row: Row, inputs: Inputs) -> list[Any]:
-    import torch
-
-    wide = np.float64 if row.dtype == "float64" else np.float32
-    dtype = getattr(torch, row.dtype)
-    return [torch.from_numpy(x.astype(wide)).to(dtype) for x in inputs.values()]
-
-
-def _torch_to_host(result: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
-    return tuple(x.detach().double().numpy() for x in result)
 
 
 def _jax_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
@@ -252,18 +233,34 @@ def _jax_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     return call, host
 
 
+def _over_all_pairs(rival: Callable[[Row, Inputs, bool], Rival]
+                    ) -> Callable[[PatternRow, Inputs, bool], Rival]:
+    """The rival's call without the pattern, which is compared with nothing."""
+
+    def prepare(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
+        arrays = {name: inputs[name] for name in ("q", "k", "v", "dout")}
+        return rival(row.over_all_pairs(), arrays, backward)[0], None
+
+    return prepare
+
+
+VARIANTS = {function for function, _, _ in PATTERNS.values()}
+
 RIVALS: dict[str, dict[str, Callable[[Row, Inputs, bool], Rival]]] = {
     "attention": {
-        "pyattn": _pyattn_attention,
+        "pyattn": _pyattn,
         "torch": _torch_attention,
         "flex": _flex_attention,
         "jax": _jax_attention,
         "numpy": _numpy_attention,
     },
+    **{function: {"pyattn": _pyattn, "pyattn dense": _over_all_pairs(_pyattn),
+                  "torch dense": _over_all_pairs(_torch_attention), **PEERS.get(function, {})}
+       for function in VARIANTS},
 }
 """By function and by the name that `Row.rivals` uses."""
 
-JUDGES = {"attention": judge}
+JUDGES = {"attention": judge, **dict.fromkeys(VARIANTS, judge_variant)}
 """What every rival's result is held against, in float64, before it is timed."""
 
 

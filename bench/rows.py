@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes  # noqa: F401, gives NumPy the name bfloat16
 import numpy as np
+
+import pyattn
 
 EVERYONE = ("pyattn", "torch", "flex", "jax", "numpy")
 UNCOMPILED = ("pyattn", "torch", "jax", "numpy")
@@ -49,8 +52,10 @@ class Row:
     """The first is the one that the others are compared with."""
     without: dict[str, str] = dataclasses.field(default_factory=dict)
     """Rivals left out, and why."""
+    gigabytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Peak memory of rivals that need much: left out where half of the machine's is less."""
     function: str = "attention"
-    """The table of `rivals.RIVALS` that has the rivals."""
+    """The function of pyattn that is measured; `rivals.RIVALS` has the rivals of each."""
 
     @property
     def name(self) -> str:
@@ -85,6 +90,19 @@ class Row:
         shapes["dout"] = query
         return {name: rng.standard_normal(shape).astype(self.dtype)
                 for name, shape in shapes.items()}
+
+    def arguments(self) -> dict[str, Any]:
+        """What `function` takes beside the arrays of `inputs`."""
+        mask = self.mask()
+        return self.options if mask is None else {**self.options, "mask": mask}
+
+    def shortened(self, most: int) -> Row:
+        """The same kind of problem with no length above `most`."""
+        options = dict(self.options)
+        if "kv_lengths" in options:
+            options["kv_lengths"] = [min(length, most) for length in options["kv_lengths"]]
+        return dataclasses.replace(self, length=min(self.length, most), options=options,
+                                   keys=None if self.keys is None else min(self.keys, most))
 
     def mask(self) -> np.ndarray | None:
         """The mask that is given as an array, (N, M)."""
@@ -134,6 +152,52 @@ class Row:
             return float(cache * np.dtype(self.dtype).itemsize)
         products = 7 if backward else 2
         return 2.0 * products * self.width * self.batch * self.heads * self.pairs()
+
+
+@dataclasses.dataclass(frozen=True)
+class PatternRow(Row):
+    """A variant with a fixed pattern: `function` is its name, and `options` are its own."""
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """As for `Row`, and Swin's table of biases."""
+        found = super().inputs()
+        if self.function != "swin_attention":
+            return found
+        dout = found.pop("dout")
+        rows = (2 * self.options["window"] - 1) ** 2
+        table = np.random.default_rng(2).standard_normal((rows, self.heads)).astype(self.dtype)
+        return {**found, "bias_table": table, "dout": dout}
+
+    def arguments(self) -> dict[str, Any]:
+        """The options, and the blocks that are drawn at random, where there are any."""
+        blocks = self.blocks()
+        return self.options if blocks is None else {**self.options,
+                                                    "decisions": {"blocks": blocks}}
+
+    def blocks(self) -> np.ndarray | None:
+        """Blocks of keys drawn at random, (H, query blocks, count), the same for every rival."""
+        return self._trial.decisions.get("blocks")
+
+    def shortened(self, most: int) -> Row:
+        """The pattern at the length of the shortest row of it, which all rivals can do."""
+        return pattern_row(self.pattern, min(self.length, max(most, PATTERN_LENGTHS[0])))
+
+    def over_all_pairs(self) -> Row:
+        """The problem without the pattern, causal if the pattern is."""
+        causal = {"causal": True} if self.options.get("causal") else {}
+        return Row("dense", self.heads, self.length, self.width, self.dtype, causal)
+
+    def pairs(self) -> float:
+        """Allowed pairs of one head, the mean over the heads, as counted by the variant."""
+        return self._trial.stats["pairs"] / (self.batch * self.heads)
+
+    @functools.cached_property
+    def _trial(self) -> Any:
+        """What the variant keeps of a call that has the tokens of the row and is narrow."""
+        inputs = dataclasses.replace(self, width=8).inputs()
+        del inputs["dout"]
+        rng = {"rng": 0} if self.function in RANDOM else {}
+        return getattr(pyattn, self.function).forward(**inputs, **self.options, **rng)[1]
 
 
 @functools.lru_cache(maxsize=1)
@@ -231,6 +295,68 @@ def _decoding() -> Iterator[Row]:
                   forward_only=True, limit="read", quick=dtype == "float32")
 
 
+RANDOM = ("bigbird_attention", "random_attention")
+"""Variants that draw blocks."""
+
+PATTERN_LENGTHS = (1024, 4096, 16384)
+
+
+def _square(length: int) -> tuple[int, int]:
+    return math.isqrt(length), math.isqrt(length)
+
+
+PATTERNS: dict[str, tuple[str, Callable[[int], dict[str, Any]], tuple[str, ...]]] = {
+    "sliding window 256": (
+        "sliding_window_attention", lambda n: {"window": 256}, ("lucidrains",)),
+    "sliding window 256, causal": (
+        "sliding_window_attention", lambda n: {"window": 256, "causal": True}, ("lucidrains",)),
+    "window 64, dilation 16": (
+        "sliding_window_attention", lambda n: {"window": 64, "dilation": 16}, ()),
+    "Longformer, window 256, 16 global": (
+        "longformer_attention",
+        lambda n: {"window": 256, "global_index": list(range(0, n, n // 16))}, ("transformers",)),
+    "BigBird, block 64, 3 random": (
+        "bigbird_attention", lambda n: {"block_size": 64, "num_random": 3}, ("transformers",)),
+    "Sparse Transformer, strided 128": (
+        "sparse_transformer_attention", lambda n: {"stride": 128, "causal": True}, ()),
+    "Sparse Transformer, fixed 128": (
+        "sparse_transformer_attention",
+        lambda n: {"stride": 128, "mode": "fixed", "causal": True}, ()),
+    "block diagonal 256": ("block_diagonal_attention", lambda n: {"block_size": 256}, ()),
+    "BlockBERT, 4 blocks": ("blockbert_attention", lambda n: {"num_blocks": 4}, ()),
+    "coarse and fine, block 128": ("coarse_fine_attention", lambda n: {"block_size": 128}, ()),
+    "axial": ("axial_attention", lambda n: {"shape": _square(n)}, ("lucidrains",)),
+    "temporal, 16 frames": ("temporal_attention", lambda n: {"frames": 16}, ()),
+    "local 2-D, window 8": (
+        "local_attention_2d", lambda n: {"shape": _square(n), "window": 8}, ()),
+    "Swin, window 8": (
+        "swin_attention", lambda n: {"shape": _square(n), "window": 8}, ("transformers",)),
+    "random, block 64, 3 random": (
+        "random_attention", lambda n: {"block_size": 64, "num_random": 3}, ()),
+}
+"""By name: the variant, its options for N tokens, and the packages that compute the same."""
+
+
+def pattern_row(name: str, length: int, **settings: Any) -> PatternRow:
+    """The row of one of `PATTERNS`, for `length` tokens."""
+    function, options, peers = PATTERNS[name]
+    # at the longest, torch takes as long as all others together, and it is in the rows of `dense`
+    dense = ("pyattn dense", "torch dense") if length < 16384 else ("pyattn dense",)
+    if (function, length) == ("bigbird_attention", 16384):
+        settings = {"gigabytes": {"transformers": 10.5}, **settings}
+    return PatternRow(name, 8, length, 64, "float32", options(length), function=function,
+                      rivals=("pyattn", *dense, *peers), memory=length == 16384, **settings)
+
+
+def _variants() -> Iterator[Row]:
+    """Every fixed pattern, beside attention over all pairs and those who have the same pattern."""
+    for name in PATTERNS:
+        for length in PATTERN_LENGTHS:
+            quick = (name, length) in (("sliding window 256", 4096),
+                                       ("Longformer, window 256, 16 global", 1024))
+            yield pattern_row(name, length, quick=quick)
+
+
 ROWS = (
     *_patterns(),
     *_widths(),
@@ -238,4 +364,5 @@ ROWS = (
     *_windows(),
     *_short(),
     *_decoding(),
+    *_variants(),
 )

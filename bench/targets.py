@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable
 
 from .harness import Measurement, Spread
-from .rows import Row
+from .rows import PATTERNS, Row
 
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
 
-MICROSECONDS, GROWTH, MACHINE = "microseconds", "growth", "machine"
+MICROSECONDS, GROWTH, MACHINE, MEMORY = "microseconds", "growth", "machine", "memory"
 """What `Target.against` may be beside the name of a rival: the time of a call, the time per token
-at the longest row divided by that at the shortest, the share of what the machine can do."""
+at the longest row divided by that at the shortest, the share of what the machine can do, the peak
+memory divided by the least of those that compute the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Target:
 
     @property
     def smaller_is_better(self) -> bool:
-        return self.against in (MICROSECONDS, GROWTH)
+        return self.against in (MICROSECONDS, GROWTH, MEMORY)
 
     def speaks_of(self, row: Row) -> bool:
         return re.fullmatch(self.rows, row.name) is not None
@@ -50,6 +51,19 @@ AT_2048 = r"N=2048, D=(64|128)"
 SHORT = r"(Swin windows.*, N=49, D=32|batch of 8 x 8 heads, N=64, D=64), float32"
 WINDOW = r"causal window 256, N=16384, D=64, float32"
 ALONE = r"causal window 256 alone, .*"
+
+
+
+def _patterns(length: int, *left_out: str) -> str:
+    names = "|".join(re.escape(name) for name in PATTERNS if name not in left_out)
+    return rf"({names}), N={length}, .*"
+
+
+QUARTER = "BlockBERT, 4 blocks"
+"""Its pairs are a fourth of all, so it cannot be five times as fast."""
+
+SMALL = "axial"
+"""Others need little memory for it as well: output and gradients alone are a fourth of theirs."""
 
 TARGETS = (
     Target("torch, float32, dense", rf"dense, {LONG}, float32", FORWARD, 1.1, 1.2),
@@ -82,6 +96,23 @@ TARGETS = (
     Target("JAX", rf"(dense|causal), {AT_2048}, .*", FORWARD, 2, 2, "jax"),
 )
 
+PATTERN_TARGETS = tuple(
+    target for steps in (FORWARD, BOTH) for target in (
+        Target("pyattn over all pairs, N = 16384", _patterns(16384, QUARTER), steps, 5, 10,
+               "pyattn dense"),
+        Target("pyattn over all pairs, N = 16384, a fourth of the pairs",
+               rf"{QUARTER}, N=16384, .*", steps, 3, 4, "pyattn dense"),
+        Target("transformers, N = 16384", _patterns(16384), steps, 8, 16, "transformers"),
+        Target("lucidrains, N = 16384", _patterns(16384), steps, 3, 6, "lucidrains"),
+        Target("peak memory / theirs, N = 16384", _patterns(16384, SMALL), steps, 0.1, 0.05,
+               MEMORY),
+        Target("peak memory / theirs, N = 16384, axial", rf"{SMALL}, N=16384, .*", steps, 1.0, 0.5,
+               MEMORY),
+        *(Target(f"{rival}, N = 1024", _patterns(1024), steps, 1.0, 1.5, rival)
+          for rival in ("pyattn dense", "torch dense", "transformers", "lucidrains")),
+    ))
+"""Of the rows of `PATTERNS`: those that ``--patterns`` selects."""
+
 
 def reached(target: Target, measurements: Iterable[Measurement]) -> dict[str, Spread]:
     """By row, what was reached; what was not measured is left out."""
@@ -102,9 +133,18 @@ def reached(target: Target, measurements: Iterable[Measurement]) -> dict[str, Sp
 def _value(target: Target, found: Measurement) -> Spread | None:
     if target.against == MACHINE:
         return found.share
+    if target.against == MEMORY:
+        return _share_of_memory(found)
     if target.against == MICROSECONDS:
         return found.seconds[found.row.rivals[0]].times(1e6)
     return found.ratios.get(target.against)
+
+
+def _share_of_memory(found: Measurement) -> Spread | None:
+    """Its peak memory divided by that of the rival that needs least."""
+    peaks = {rival: peak for rival, peak in found.megabytes.items() if peak is not None}
+    own = peaks.pop(found.row.rivals[0], None)
+    return Spread.of([own / min(peaks.values())]) if own is not None and peaks else None
 
 
 def _backward_share(forward: Measurement | None, both: Measurement) -> Spread | None:

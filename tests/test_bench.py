@@ -12,13 +12,15 @@ import pytest
 from bench import harness, rivals
 from bench.harness import Spread
 from bench.report import markdown, plot, target_table
-from bench.rows import ROWS, Row
+from bench.rows import PATTERN_LENGTHS, PATTERNS, ROWS, PatternRow, Row, pattern_row
 from bench.targets import (
     BACKWARD,
     FORWARD,
     GROWTH,
     MACHINE,
+    MEMORY,
     MICROSECONDS,
+    PATTERN_TARGETS,
     TARGETS,
     Target,
     reached,
@@ -117,6 +119,19 @@ def test_turns_alternate_and_their_order_rotates():
     assert all(value >= 0.03 for values in times.values() for value in values)
 
 
+def test_a_slow_call_is_timed_in_one_turn(monkeypatch):
+    monkeypatch.setattr(harness, "PATIENCE", 0.02)
+    made = []
+    calls = {name: lambda name=name, seconds=seconds: (made.append(name), time.sleep(seconds))
+             for name, seconds in {"first": 0.001, "slow": 0.03}.items()}
+    times = harness.alternate(calls, 0.0, least=3)
+    assert len(times["first"]) == 3
+    assert len(times["slow"]) == 1
+    # to see how long it takes, to wake it, and the turn
+    assert made.count("slow") == 3
+    assert harness.ratios([8.0], [2.0, 1.0, 1.0]) == Spread(4.0, 4.0, 4.0)
+
+
 def test_beyond_the_machines_own_product_is_questioned(monkeypatch):
     """More than 100% of GEMM means that GEMM was held back, not that attention is that fast."""
     found = measured(monkeypatch, planted(lambda result: result))
@@ -168,7 +183,7 @@ def test_a_boolean_mask_counts_its_pairs():
 
 def small(row):
     """The same kind of problem in a size for tests, with a window that still matters."""
-    short = harness.shortened(row, 70)
+    short = row.shortened(70)
     options = short.options | ({"window": 20} if "window" in short.options else {})
     return dataclasses.replace(short, options=options, batch=min(row.batch, 2))
 
@@ -179,7 +194,7 @@ def kind(row):
             row.batch > 1, row.dtype)
 
 
-KINDS = list({kind(row): small(row) for row in reversed(ROWS)
+KINDS = list({kind(row): small(row) for row in reversed(ROWS) if row.function == "attention"
               if (row.dtype == "float32" and not row.forward_only) or row.pattern == "causal"
               or (row.forward_only and row.kv_heads and row.dtype == "bfloat16")
               or (row.dtype == "bfloat16" and row.bias)}.values())
@@ -234,6 +249,20 @@ def test_a_rival_is_left_out_with_its_reason(monkeypatch):
     row = dataclasses.replace(ROW, without={"planted": "it takes minutes"})
     found = harness.measure(row, False, seconds=0.0, memory=False)
     assert found.absent == {"planted": "it takes minutes"}
+
+
+@pytest.mark.parametrize(("gigabytes", "absent"), [(15.9, False), (16.1, True)])
+def test_a_rival_that_needs_most_of_the_memory_is_left_out(monkeypatch, gigabytes, absent):
+    monkeypatch.setattr(harness, "machine_gigabytes", lambda: 32.0)
+    monkeypatch.setitem(rivals.RIVALS["attention"], "planted", planted(lambda result: result))
+    row = dataclasses.replace(ROW, gigabytes={"planted": gigabytes})
+    found = harness.measure(row, False, seconds=0.0, memory=False)
+    assert ("planted" in found.absent) == absent
+    assert ("planted" in found.seconds) != absent
+
+
+def test_memory_of_the_machine():
+    assert 0.1 < harness.machine_gigabytes()
 
 
 def timed_as(monkeypatch, **seconds):
@@ -383,9 +412,162 @@ def test_the_short_set_has_a_row_for_each_target(target):
                    for row in rows)
 
 
+@pytest.mark.parametrize("target", PATTERN_TARGETS,
+                         ids=lambda target: f"{target.text}, {target.steps}")
+def test_there_is_a_pattern_for_each_of_their_targets(target):
+    rows = [row for row in ROWS if target.speaks_of(row)]
+    assert rows
+    assert all(isinstance(row, PatternRow) for row in rows)
+    if target.against == MEMORY:
+        assert any(row.memory and len(row.rivals) > 2 for row in rows)
+    else:
+        assert any(target.against in row.rivals for row in rows)
+
+
+def test_every_pattern_has_a_target_at_both_ends():
+    for name in PATTERNS:
+        for length in (PATTERN_LENGTHS[0], PATTERN_LENGTHS[-1]):
+            row = pattern_row(name, length)
+            against = {target.against for target in PATTERN_TARGETS if target.speaks_of(row)}
+            assert set(row.rivals[1:]) <= against
+
+
 def test_names_tell_rows_apart():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
+
+
+def narrow(name):
+    """A pattern at its shortest length, in a size for tests."""
+    return dataclasses.replace(pattern_row(name, PATTERN_LENGTHS[0]), heads=4, width=16)
+
+
+SEEN = {
+    "sliding window 256": lambda i, j: abs(i - j) <= 256,
+    "sliding window 256, causal": lambda i, j: (j <= i) & (i - j <= 256),
+    "window 64, dilation 16": lambda i, j: (abs(i - j) <= 1024) & ((i - j) % 16 == 0),
+    "Longformer, window 256, 16 global":
+        lambda i, j: (abs(i - j) <= 256) | (i % 64 == 0) | (j % 64 == 0),
+    "Sparse Transformer, strided 128":
+        lambda i, j: (j <= i) & ((i - j < 128) | ((i - j) % 128 == 0)),
+    "Sparse Transformer, fixed 128":
+        lambda i, j: (j <= i) & ((i // 128 == j // 128) | (j % 128 == 127)),
+    "block diagonal 256": lambda i, j: i // 256 == j // 256,
+    "temporal, 16 frames": lambda i, j: i % 64 == j % 64,
+    "local 2-D, window 8":
+        lambda i, j: (abs(i // 32 - j // 32) <= 8) & (abs(i % 32 - j % 32) <= 8),
+    "Swin, window 8":
+        lambda i, j: (i // 256 == j // 256) & (i % 32 // 8 == j % 32 // 8),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_a_pattern_is_judged_by(name):
+    """The formulas with the pattern spelled out give what every rival is held against."""
+    row = narrow(name)
+    inputs = row.inputs()
+    table = inputs.pop("bias_table", None)
+    if table is not None:
+        inputs["bias_table"] = np.zeros_like(table)
+    dout = inputs.pop("dout")
+    exact = {x: inputs[x].astype(np.float64) for x in "qkv"}
+    i, j = np.ogrid[:row.length, :row.length]
+    allowed = SEEN[name](i, j)
+    right = rivals.dense(**exact, dout=dout.astype(np.float64), allowed=allowed)
+    judged = rivals.JUDGES[row.function](row, {**inputs, "dout": dout}, True)
+    assert harness.difference(judged[:4], right) < 1e-12
+    assert row.pairs() == allowed.sum()
+    assert row.work(True) == 2 * 7 * 16 * 4 * allowed.sum()
+
+
+def test_pairs_of_the_other_patterns():
+    pairs = {name: narrow(name).pairs() for name in PATTERNS if name not in SEEN}
+    blocks = 16
+    assert pairs == {
+        # two global rows, and 14 that see 3 + 3 + 2 blocks, but for two next to a global one
+        "BigBird, block 64, 3 random": 64**2 * (2 * blocks + 14 * 8 - 2),
+        "BlockBERT, 4 blocks": 1024 * 256,
+        "coarse and fine, block 128": 1024 * (128 + 7),
+        "axial": 1024 * (32 + 32),
+        "random, block 64, 3 random": 64**2 * blocks * 4,
+    }
+
+
+@pytest.mark.parametrize(("name", "rival"), [
+    pytest.param(name, rival, id=f"{name}-{rival}") for name in PATTERNS
+    for rival in pattern_row(name, PATTERN_LENGTHS[0]).rivals])
+@pytest.mark.filterwarnings("ignore")
+def test_every_rival_computes_every_pattern(name, rival):
+    row = narrow(name)
+    inputs = row.inputs()
+    try:
+        call, host = rivals.RIVALS[row.function][rival](row, inputs, True)
+    except (ImportError, rivals.Unsupported) as absent:
+        pytest.skip(str(absent))
+    result = call()
+    if host is None:
+        causal = np.tri(row.length, dtype=bool) if row.options.get("causal") else None
+        everything = rivals.dense(*(inputs[x] for x in "qkv"), dout=inputs["dout"], allowed=causal)
+        assert harness.difference([np.asarray(result[0].detach() if "torch" in rival
+                                              else result[0])], everything[:1]) < 1e-5
+        return
+    right = rivals.judge_variant(row, inputs, True)
+    assert len(right) == (5 if name.startswith("Swin") else 4)
+    assert harness.difference(host(result), right) <= harness.TOLERANCE["float32"]
+    call, host = rivals.RIVALS[row.function][rival](row, inputs, False)
+    assert harness.difference(host(call()), right[:1]) <= harness.TOLERANCE["float32"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rival_that_computes_something_else_is_timed_and_told(monkeypatch):
+    row = narrow("block diagonal 256")
+    timed_as(monkeypatch, **{"pyattn": 1.0, "pyattn dense": 5.0, "machine": 1.0})
+    monkeypatch.setattr(harness, "peak_megabytes", lambda row, backward, rival: 1.0)
+    row = dataclasses.replace(row, rivals=("pyattn", "pyattn dense"), memory=True)
+    found = harness.measure(row, True)
+    assert found.different == ["pyattn dense"]
+    assert set(found.errors) == set(found.megabytes) == {"pyattn"}
+    assert found.ratios["pyattn dense"].median == 5.0
+    assert "not compared: pyattn dense" in markdown([found], threads=1)
+    assert "not compared" not in markdown([measurement(ROW, False, 1.0)], threads=1)
+
+
+def test_the_longest_pattern_keeps_its_kind_when_shortened():
+    row = pattern_row("axial", 16384)
+    assert row.options == {"shape": (128, 128)}
+    assert row.shortened(128) == pattern_row("axial", 1024)
+    assert row.shortened(128).options == {"shape": (32, 32)}
+
+
+@pytest.mark.parametrize("name", ["random, block 64, 3 random", "BigBird, block 64, 3 random"])
+def test_every_process_has_the_same_random_blocks(name):
+    row = narrow(name)
+    again = dataclasses.replace(row)
+    assert row.blocks() is not None
+    assert np.array_equal(row.blocks(), again.blocks())
+
+
+def test_memory_is_compared_with_the_least_of_those_that_compute_the_same():
+    row = pattern_row("sliding window 256", 16384)
+    found = measurement(row, True, 1.0)
+    target = next(target for target in PATTERN_TARGETS
+                  if target.against == MEMORY and target.backward)
+    assert reached(target, [found]) == {}
+    found.megabytes = {"pyattn": 5.0}
+    assert reached(target, [found]) == {}
+    found.megabytes = {"pyattn": 5.0, "lucidrains": 25.0, "transformers": 100.0}
+    [value] = reached(target, [found]).values()
+    assert value.median == 0.2
+    assert "| short |" in target_table([target], [found], threads=1)
+    found.megabytes["pyattn"] = 1.0
+    assert "| met |" in target_table([target], [found], threads=1)
+
+
+def test_peak_memory_of_a_pattern():
+    peak = harness.peak_megabytes(narrow("temporal, 16 frames"), True, "pyattn")
+    if peak is None:
+        pytest.skip("this system does not tell peak memory: no /proc/self/clear_refs")
+    assert peak >= 0
 
 
 def test_peak_memory_counts_what_numpy_allocates():
