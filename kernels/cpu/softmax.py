@@ -32,6 +32,9 @@ from .records import DELTA
 GROUP_BYTES = 2**18
 """Packed keys and values of a group that fit in the cache beside the queries."""
 
+DELTA_FLOPS = 128.0
+"""How many operations of a product take as long as a number of `delta`, which waits for memory."""
+
 SPLIT_TILES = 8
 """Tiles of keys that a split has at least."""
 
@@ -134,7 +137,7 @@ def delta(dout: np.ndarray, out: np.ndarray, lse: np.ndarray,
          0 if dlse is None else address(dlse), address(found)), DELTA)
     threads.run(native("backward.delta", "float64" if dtype == np.float64 else "float32"),
                 address(record), batch * heads * -(-n // TILE),
-                (2 * e_padded + 1) * TILE * dtype.itemsize, int(8.0 * out.size / HELPER_FLOPS))
+                (2 * e_padded + 1) * TILE * dtype.itemsize, int(DELTA_FLOPS * out.size / HELPER_FLOPS))
     return found
 
 

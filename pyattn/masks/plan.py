@@ -236,7 +236,8 @@ def _parts(mask: Mask, n: int, m: int, offset: int | None) -> tuple[Part, ...]:
         candidates += [_assemble([found], frame, offset)
                        for found in (_lines(heads[0], in_place[0], frame), _stride(heads[0], frame))
                        if found]
-    # there are none where all that would be gathered lies elsewhere
+    # some have no pairs, or would gather what lies elsewhere
+    candidates = [tuple(part for part in parts if part.tiles) for parts in candidates]
     candidates = [parts for parts in candidates if parts]
     if not candidates:
         return in_place
