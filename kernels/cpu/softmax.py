@@ -137,7 +137,8 @@ def delta(dout: np.ndarray, out: np.ndarray, lse: np.ndarray,
          0 if dlse is None else address(dlse), address(found)), DELTA)
     threads.run(native("backward.delta", "float64" if dtype == np.float64 else "float32"),
                 address(record), batch * heads * -(-n // TILE),
-                (2 * e_padded + 1) * TILE * dtype.itemsize, int(DELTA_FLOPS * out.size / HELPER_FLOPS))
+                (2 * e_padded + 1) * TILE * dtype.itemsize,
+                int(DELTA_FLOPS * out.size / HELPER_FLOPS))
     return found
 
 
