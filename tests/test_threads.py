@@ -162,7 +162,16 @@ def test_an_exception_stops_the_call_and_is_raised(bad):
     assert len(participants(60, 1)) == 2
 
 
+@pytest.fixture
+def interrupts():
+    """Jobs in a shell's background ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no such signals on this system")
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_waits_for_the_helpers():
     """They write to memory that is the caller's."""
     set_num_threads(2)
