@@ -19,6 +19,7 @@ from pyattn.masks import (
     random_blocks,
     strided,
     window,
+    window_2d,
 )
 from pyattn.masks.order import Order, residues
 from pyattn.masks.placement import PlainFrame
@@ -39,6 +40,10 @@ MASKS = {
     "all of it by head": lambda n, m: per_head([
         causal() & (window(6, 0) | strided(7)), window(3, 3) | global_tokens(SCATTERED),
         causal(), fixed(8, 1)]),
+    "rectangles": lambda n, m: window_2d((14, 15), (3, 2)),
+    "rectangles and global": lambda n, m: (
+        causal() & (window_2d((25, 8), (6, 1)) | global_tokens(SCATTERED))),
+    "but for a rectangle": lambda n, m: window_2d((20, 10), 4) & ~window_2d((20, 10), 1),
     "complement": lambda n, m: ~strided(3) | (strided(6) & ~window(4, 4)),
 }
 LENGTHS = [(100, 100, None), (130, 200, None), (200, 130, None), (70, 150, 0), (150, 70, -3)]
@@ -181,6 +186,7 @@ LARGE = {
     "strided": causal() & (window(127, 0) | strided(128)),
     "fixed": causal() & fixed(128, 8),
     "global": window(128, 128) | global_tokens(np.arange(0, N, 1024)),
+    "rectangles": window_2d((128, 128), 8),
     "random": random_blocks(3, 64, rng=0),
 }
 

@@ -37,8 +37,11 @@ def parts_of(mask: masks.Mask, placement: Placement) -> Parts | None:
     if isinstance(offset, np.ndarray):
         return None
     parts = mask.parts(offset)
-    first = parts[0]
-    return None if len(parts) == 1 and first.queries is None and first.keys is None else parts
+    orders = [order for part in parts for order in (part.queries, part.keys) if order is not None]
+    if not all(order.ascends for order in orders) and placement.ragged:
+        # padding does not come last in such an order
+        return None
+    return parts if orders or len(parts) > 1 else None
 
 
 def forward(kernel: Any, problem: Problem, parts: Parts) -> tuple[Array, Array]:

@@ -42,6 +42,11 @@ class Placement:
         """Whether queries stand at their own index."""
         return self.alignment == "top_left"
 
+    @property
+    def ragged(self) -> bool:
+        """Whether any item has padding."""
+        return bool((self.q_lengths != self.n).any() or (self.kv_lengths != self.m).any())
+
     @functools.cached_property
     def offset(self) -> np.ndarray:
         """Position of query 0, int32 (B,)."""

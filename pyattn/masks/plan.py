@@ -3,6 +3,7 @@
 A mask is a union of branches, and some kinds of them are cheaper in another order of the tokens:
 
 - distances that are multiples of a step (dilated windows, strides): tokens of one residue together;
+- rectangles of a grid's cells: the cells patch by patch;
 - keys that all queries see, and queries that see all keys: gathered, wherever they stand;
 - anything else: in place.
 
@@ -24,9 +25,9 @@ import numpy as np
 from .algebra import And, Index, Mask, Not, Or, per_head
 from .bits import TILE, spans, tiles_of
 from .block_mask import BlockMask
-from .order import Order, listed, reordered, residues
+from .order import Order, by_patches, listed, patches, reordered, residues
 from .placement import Frame, PlainFrame, bottom_right, placed
-from .positions import Relative, fixed, full, global_tokens, strided, window
+from .positions import Relative, fixed, full, global_tokens, strided, window, window_2d
 
 MOST_BRANCHES = 16
 
@@ -213,6 +214,8 @@ class Branch(NamedTuple):
     """What of it is left to be tested in that order."""
     step: int = 1
     """Tokens of a residue go together."""
+    grid: window_2d | None = None
+    """Tokens of a patch of its cells do."""
     side: str = ""
     """"keys" or "queries": which are gathered."""
     index: Any = None
@@ -256,7 +259,7 @@ def _cost(parts: tuple[Part, ...]) -> float:
 
 
 def _ordered(branch: Branch) -> bool:
-    return branch.step > 1 or branch.side != ""
+    return branch.step > 1 or branch.grid is not None or branch.side != ""
 
 
 def _alternatives(mask: Mask, frame: PlainFrame) -> list[tuple[Mask, ...]]:
@@ -285,7 +288,7 @@ def _branches(mask: Mask, frame: PlainFrame) -> list[Branch]:
     found: dict[Any, Branch] = {}
     for atoms in alternatives:
         new = _branch(atoms)
-        key = (new.step, new.side, None if new.index is None else new.index.tobytes())
+        key = _order_of(new)
         old = found.get(key)
         found[key] = new if old is None else old._replace(
             mask=old.mask | new.mask, rest=old.rest | new.rest)
@@ -298,8 +301,25 @@ def _branch(atoms: tuple[Mask, ...]) -> Branch:
         if isinstance(atom, _Held):
             rest = _all(atoms[:place] + atoms[place + 1:])
             return Branch(whole, rest, side=atom.side, index=atom.index)
+    grid = next((atom for atom in atoms if isinstance(atom, window_2d)), None)
+    if grid is not None:
+        return Branch(whole, whole, grid=grid)
     steps = [atom.step for atom in atoms if isinstance(atom, Relative) and atom.step > 1]
     return Branch(whole, whole, step=max(steps, default=1))
+
+
+def _order_of(branch: Branch) -> tuple[Any, ...]:
+    """Return what is equal for branches of one order."""
+    index = None if branch.index is None else branch.index.tobytes()
+    grid = None if branch.grid is None else (branch.grid.shape[1], _patch(branch.grid))
+    return branch.step, grid, branch.side, index
+
+
+def _patch(grid: window_2d) -> tuple[int, int]:
+    """Return the shape of a tile's worth of cells that meets the fewest others of its shape."""
+    shapes = [(TILE // width, width) for width in (8, 16, 4, 32, 2, 64, 1)]
+    return min(shapes, key=lambda shape: math.prod(
+        1 + 2 * -(-reach // side) for reach, side in zip(grid.reach, shape, strict=True)))
 
 
 def _all(atoms: tuple[Mask, ...]) -> Mask:
@@ -315,9 +335,7 @@ def _assemble(heads: list[list[Branch]], frame: PlainFrame, offset: int | None) 
     for head, branches in enumerate(heads):
         before: list[Mask] = []
         for branch in sorted(branches, key=lambda b: (b.side, b.step)):
-            key = (branch.side, branch.step, None if branch.index is None else
-                   branch.index.tobytes())
-            rules = shares.setdefault(key, (branch, [NOTHING] * len(heads)))[1]
+            rules = shares.setdefault(_order_of(branch), (branch, [NOTHING] * len(heads)))[1]
             rules[head] = _all((branch.rest, *(~mask for mask in before)))
             before.append(branch.mask)
     parts = (_part(branch, rules, frame, offset) for branch, rules in shares.values())
@@ -335,6 +353,9 @@ def _part(branch: Branch, rules: list[Mask], frame: PlainFrame, offset: int | No
         queries = listed(rows[(rows >= 0) & (rows < n)])
     elif branch.step > 1:
         queries, keys = residues(n, branch.step, start), residues(m, branch.step)
+    elif branch.grid is not None:
+        columns, shape = branch.grid.shape[1], _patch(branch.grid)
+        queries, keys = patches(n, columns, shape, start), patches(m, columns, shape)
     if any(order is not None and order.slots == 0 for order in (queries, keys)):
         return None
 
@@ -344,6 +365,8 @@ def _part(branch: Branch, rules: list[Mask], frame: PlainFrame, offset: int | No
             first = queries.index[:, 0]
             ahead = (first + start - np.arange(branch.step)) // branch.step
             return placed(slots, np.where(first < 0, 0, ahead))
+        if branch.grid is not None and queries is not None and keys is not None:
+            return by_patches(rule, queries, keys, frame)
         rows = np.arange(n)[None] if queries is None else queries.taken
         columns = np.arange(m)[None] if keys is None else keys.taken
         return reordered(rule.resolve(frame), rows, columns)

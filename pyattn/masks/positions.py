@@ -257,7 +257,8 @@ class window_2d(Positional):
             self._set(radius=require_integer("window_2d's radius", self.radius, minimum=0))
 
     @property
-    def _radii(self) -> tuple[int, int]:
+    def reach(self) -> tuple[int, int]:
+        """The radius along rows and columns."""
         return self.radius if isinstance(self.radius, tuple) else (self.radius, self.radius)
 
     def resolve(self, frame: Frame) -> Mask:
@@ -270,18 +271,23 @@ class window_2d(Positional):
     def allowed(self, i: Index, j: Index) -> np.ndarray:
         _, columns = self.shape
         (row_i, column_i), (row_j, column_j) = np.divmod(i, columns), np.divmod(j, columns)
-        rows_reach, columns_reach = self._radii
-        return ((np.abs(row_i - row_j) <= rows_reach)
-                & (np.abs(column_i - column_j) <= columns_reach))
+        return self.reaches(row_i - row_j, column_i - column_j)
+
+    def reaches(self, rows: Index, columns: Index) -> np.ndarray:
+        """Tell whether cells see each other that lie so many rows and columns apart."""
+        rows_reach, columns_reach = self.reach
+        return (np.abs(rows) <= rows_reach) & (np.abs(columns) <= columns_reach)
 
     def classify(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
         _, columns = self.shape
-        rows_reach, columns_reach = self._radii
-        across = within(i0 // columns - j1 // columns, i1 // columns - j0 // columns,
-                        -rows_reach, rows_reach)
-        (first_i, last_i), (first_j, last_j) = self._columns(i0, i1), self._columns(j0, j1)
-        along = within(first_i - last_j, last_i - first_j, -columns_reach, columns_reach)
-        return np.minimum(across, along)
+        rows = (i0 // columns, i1 // columns, j0 // columns, j1 // columns)
+        return self.classify_cells(rows, (*self._columns(i0, i1), *self._columns(j0, j1)))
+
+    def classify_cells(self, rows: tuple[Index, ...], columns: tuple[Index, ...]) -> np.ndarray:
+        """Classify rectangles of cells: the queries' first and last row, the keys', columns too."""
+        kinds = [within(i0 - j1, i1 - j0, -reach, reach)
+                 for (i0, i1, j0, j1), reach in zip((rows, columns), self.reach, strict=True)]
+        return np.minimum(*kinds)
 
     def _columns(self, low: Index, high: Index) -> tuple[np.ndarray, np.ndarray]:
         """First and last column of the grid that tokens low..high touch."""
@@ -291,7 +297,7 @@ class window_2d(Positional):
                 np.where(one_row, high % columns, columns - 1))
 
     def signature(self, i0: Index, j0: Index) -> tuple[np.ndarray, ...]:
-        return _grid_signature(i0, j0, self.shape[1], self._radii[0])
+        return _grid_signature(i0, j0, self.shape[1], self.reach[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

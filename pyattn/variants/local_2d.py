@@ -53,9 +53,12 @@ def local_attention_2d(q: Array, k: Array, v: Array, *, shape: tuple[int, int],
 
     Notes
     -----
-    Time O(N * (2 window + 1)^2 * (D + E)) for the pairs, in tiles of 64 tokens. Kept for backward
-    are the arguments, the output and the lse. Differs from the paper: every cell stands in the
-    middle of its own window, where Image Transformer's cells share the memory of their block.
+    Time O(N * (2 window + 1)^2 * (D + E)) for the pairs, in tiles of 64 tokens: patches of 8 x 8
+    cells, or such as fit the window, where these are fewer than tiles of whole rows (on 128 x 128
+    cells, 2 times the pairs of a window of 8 and 11 times those of a window of 3); with padding
+    always whole rows. Kept for backward are the arguments, the output and the lse. Differs from the
+    paper: every cell stands in the middle of its own window, where Image Transformer's cells share
+    the memory of their block.
 
     References
     ----------
