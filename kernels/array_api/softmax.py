@@ -19,6 +19,8 @@ from .scores import Scores, dropout_factor, scores_of
 from .slabs import TILE, Array, Slab, grouped, rows_of, slabs_of, together, walk, zeros
 from .terms import TermGradients
 
+INDEXED = False
+
 
 def refuses(problem: Any) -> str | None:
     """Nothing: this is the backend that runs everywhere."""

@@ -15,7 +15,7 @@ from . import threads
 from .compile import native
 from .host import dot_product, vector_bytes
 from .memory import CACHE_LINE, address, address_of_buffer, aligned
-from .records import JOB, PACK, SOURCES
+from .records import JOB, PACK, SOURCES, TARGET
 
 TILE = 64
 
@@ -30,6 +30,8 @@ DEPTH_OF_PAIRS = 32
 OFFSETS: dict[str, int] = {name: JOB.fields[name][1] for name in JOB.names}
 OFFSETS |= {f"{name}.{part}": OFFSETS[name] + PACK.fields[part][1]
             for name in ("q", "k", "v", "dout") for part in PACK.names}
+OFFSETS |= {f"{name}.{part}": OFFSETS[name] + TARGET.fields[part][1]
+            for name in ("out", "dq", "dk", "dv") for part in TARGET.names}
 
 _masks: weakref.WeakKeyDictionary[Any, tuple[bytes, list[np.ndarray], float]] = (
     weakref.WeakKeyDictionary())
@@ -69,20 +71,19 @@ class Geometry:
 
 
 @functools.lru_cache(maxsize=1024)
-def geometry(q: tuple[int, ...], v: tuple[int, ...], given: np.dtype) -> Geometry:
-    """Work out the geometry for q (B, H, N, D) and v (B, G, M, E)."""
+def geometry(batch: int, q: tuple[int, ...], v: tuple[int, ...], given: np.dtype) -> Geometry:
+    """Work out the geometry for B items with q (H, N, D) and v (G, M, E)."""
     kind, dtype, operand = kind_of(given)
-    batch, heads, n, d = q
-    _, groups, m, e = v
+    heads, n, d = q
+    groups, m, e = v
     fold, lanes = 2 if operand.itemsize == 2 else 1, vector_bytes() // dtype.itemsize
     step = lanes if fold == 1 else DEPTH_OF_PAIRS
     d_padded, e_padded = -(-d // step) * step, -(-e // step) * step
     d_depth, e_depth = (d, e) if fold == 1 else (d_padded, e_padded)
     row_tiles, key_tiles = -(-n // TILE), -(-m // TILE)
     memory = bytearray(JOB.itemsize)
-    put(memory, "size", dtype.itemsize, operand.itemsize, fold, lanes, SOURCE_CODES[given],
-        given.itemsize, heads, groups, n, m, d, e, d_padded, e_padded, d_depth, e_depth, row_tiles,
-        key_tiles)
+    put(memory, "size", dtype.itemsize, operand.itemsize, fold, lanes, heads, groups, n, m, d, e,
+        d_padded, e_padded, d_depth, e_depth, row_tiles, key_tiles)
     for name, shape in {"q": (heads, n, row_tiles, d, d_padded),
                         "k": (groups, m, key_tiles, d, d_padded),
                         "v": (groups, m, key_tiles, e, e_padded),
@@ -97,16 +98,18 @@ class Job:
 
     def __init__(self, problem: Any, g: Geometry, record: bytes) -> None:
         p = self.problem = problem
-        self.dtype, self.kind = g.dtype, g.kind
+        self.dtype, self.kind, self.batch = g.dtype, g.kind, g.batch
         self.alive: list[Any] = []
         self.memory = bytearray(record)
         self.place = address_of_buffer(self.memory)
         self.scale = scale = self.hold(p.scale)
         self.q_lengths = self.hold(p.q_lengths, np.int32)
         kv_lengths = self.hold(p.kv_lengths, np.int32)
-        self.describe("q", p.q, self.q_lengths, scale)
-        self.describe("k", p.k, kv_lengths)
-        self.describe("v", p.v, kv_lengths)
+        self.q_index = self.list_tokens(p.q_index, g.n)
+        self.k_index = self.list_tokens(p.k_index, g.m)
+        self.describe("q", p.q, self.q_index, self.q_lengths, scale)
+        self.describe("k", p.k, self.k_index, kv_lengths)
+        self.describe("v", p.v, self.k_index, kv_lengths)
         mask, held, tiles = mask_record(p.blocks)
         self.alive.append(held)
         self.memory[OFFSETS["bits"]:OFFSETS["bits"] + len(mask)] = mask
@@ -150,13 +153,27 @@ class Job:
         self.alive.append(x)
         return address(x)
 
-    def describe(self, name: str, x: np.ndarray, lengths: int, scale: int = 0,
-                 lse: int = 0) -> None:
+    def describe(self, name: str, x: np.ndarray, index: tuple[int, int, int], lengths: int,
+                 scale: int = 0, lse: int = 0) -> None:
         """Make `x` known to `pack_tile` under `name`."""
         if not x.flags.aligned or x.dtype not in SOURCE_CODES:
             x = np.require(x, x.dtype.newbyteorder("="), ["ALIGNED"])
         self.alive.append(x)
-        self.put(f"{name}.at", address(x), *x.strides, SOURCE_CODES[x.dtype], lengths, scale, lse)
+        self.put(f"{name}.at", address(x), *x.strides, SOURCE_CODES[x.dtype], lengths, scale, lse,
+                 self.batch // max(1, len(x)), x.shape[2], *index)
+
+    def list_tokens(self, index: np.ndarray | None, length: int) -> tuple[int, int, int]:
+        """Return what a source says of the index of its tokens."""
+        if index is None:
+            return 0, 0, 0
+        place = self.hold(index, np.int32)
+        batch, heads, _ = index.shape
+        return place, 4 * length * heads * (batch > 1), 4 * length * (heads > 1)
+
+    def describe_result(self, name: str, x: np.ndarray, onto: bool) -> None:
+        """Make known under `name` where a result goes, and whether it is added to what is there."""
+        self.alive.append(x)
+        self.put(f"{name}.at", address(x), *x.strides[:3], SOURCE_CODES[x.dtype], x.itemsize, onto)
 
     def describe_terms(self, p: Any) -> None:
         """Make bias, gate and offsets known."""
@@ -222,8 +239,10 @@ def mask_record(blocks: Any) -> tuple[bytes, list[np.ndarray], float]:
 
 def geometry_of(p: Any) -> Geometry:
     """Return the geometry of a problem."""
-    dtype = p.q.dtype
-    return geometry(p.q.shape, p.v.shape,
+    dtype, (heads, n, d), (groups, m, e) = p.q.dtype, p.q.shape[1:], p.v.shape[1:]
+    n = n if p.q_index is None else p.q_index.shape[2]
+    m = m if p.k_index is None else p.k_index.shape[2]
+    return geometry(len(p.q_lengths), (heads, n, d), (groups, m, e),
                     dtype if dtype in SOURCE_CODES else dtype.newbyteorder("="))
 
 

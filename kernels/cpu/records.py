@@ -23,8 +23,15 @@ PACK = _record(
     "kind "                     # of the source's numbers
     "lengths "                  # int32 (batch,): rows from here on count as zeros
     "scale "                    # (heads,): factor, or 0
-    "lse "                      # (batch, heads, length), or 0: rows with -inf count as zeros
+    "lse "                      # (batch, heads, tokens), or 0: rows with -inf count as zeros
+    "items "                    # batch items that share one of the source
+    "tokens "                   # the source's length
+    "index index_b index_h "    # int32: which token a row is, -1 for zeros; 0 if all in order
     "rows columns pairs notes") # packed tiles in up to three layouts, and uint8 per tile; or 0
+
+TARGET = _record(
+    "at b h n kind size "       # a result: address, strides, and its numbers
+    "onto")                     # whether to add to what is there
 
 RUNS = _record("start first count tile names tiles")
 
@@ -43,14 +50,13 @@ BACKWARD_SCRATCH = _record("k_rows k_columns k_pairs v_columns dk dv weights dsc
 JOB = np.dtype([
     *_record("size operand fold lanes "     # bytes of a number and of an operand, operands that
                                             # lie side by side, numbers in a vector
-             "given given_size "            # the dtype of q and of out, and bytes of a number of it
              "heads groups n m d e d_padded e_padded "
              "d_depth e_depth "             # how deep a product over d or e is
              "row_tiles key_tiles").descr,
     ("q", PACK), ("k", PACK), ("v", PACK), ("dout", PACK),
     *_record("layout bits").descr,
     ("rows", RUNS), ("columns", RUNS),
-    *_record("out lse sinks").descr,
+    ("out", TARGET), *_record("lse lse_b lse_h sinks").descr,
     *_record("per_group chunk splits part_bytes parts").descr,
     ("bias", TERM), ("gate", TERM),
     *_record("offsets offsets_h offsets_width offset_origin").descr,
@@ -59,9 +65,8 @@ JOB = np.dtype([
     ("threshold", "u8"), ("seed_low", "u8"), ("seed_high", "u8"),
     ("ahead", FORWARD_SCRATCH),
     # from here on for the backward alone
-    *_record("delta shifts means dq_sums dk_sums dv_sums "
-             "dq dk dv dscale "
-             "dq_kind dk_kind dv_kind dq_size dk_size dv_size").descr,
+    *_record("delta shifts means dq_sums dk_sums dv_sums dscale").descr,
+    ("dq", TARGET), ("dk", TARGET), ("dv", TARGET),
     ("dbias", GRADIENT), ("dgate", GRADIENT),
     *_record("doffsets doffsets_unit doffsets_h doffsets_rows").descr,
     # pieces: int64 lists of (batch, group) pairs, and which slice of its owner a piece is

@@ -29,6 +29,8 @@ from .memory import CACHE_LINE, address
 from .ownership import UNITS, Pieces, TableGradient, TermGradient
 from .records import DELTA
 
+INDEXED = True
+
 GROUP_BYTES = 2**18
 """Packed keys and values of a group that fit in the cache beside the queries."""
 
@@ -44,17 +46,23 @@ def refuses(problem: Any) -> str | None:
     return None
 
 
-def forward(problem: Any) -> tuple[np.ndarray, np.ndarray]:
+def forward(problem: Any, onto: tuple[np.ndarray, np.ndarray] | None = None,
+            ) -> tuple[np.ndarray, np.ndarray]:
     """Return out (B, H, N, E) in the dtype of q, and lse (B, H, N)."""
     g = geometry_of(problem)
-    plan = forward_plan(g, short=is_short(problem, g), gated=problem.gate is not None,
-                        chunk=tuning.table().chunk[g.kind])
+    plan = forward_plan(g, short=onto is None and is_short(problem, g),
+                        gated=problem.gate is not None, chunk=tuning.table().chunk[g.kind])
     job = Job(problem, g, plan.record)
-    given = g.dtype if "out" in problem.summed else problem.q.dtype.newbyteorder("=")
-    out = np.empty((g.batch, g.heads, g.n, g.e), given)
-    job.put("given", SOURCE_CODES[given], given.itemsize)
-    lse = np.empty((g.batch, g.heads, g.n), g.dtype)
-    job.put("out", address(out), address(lse))
+    if onto is None:
+        shape = (*problem.q.shape[:3], g.e)
+        given = g.dtype if "out" in problem.summed else problem.q.dtype.newbyteorder("=")
+        out = empty(shape, given, problem.q_index)
+        lse = (np.empty(shape[:3], g.dtype) if problem.q_index is None else
+               np.full(shape[:3], -np.inf, g.dtype))
+    else:
+        out, lse = onto
+    job.describe_result("out", out, onto is not None)
+    job.put("lse", address(lse), *lse.strides[:2])
     groups = g.batch * g.groups
     if plan.kernel == "decode.decode":
         if plan.splits > 1:
@@ -75,7 +83,7 @@ def forward(problem: Any) -> tuple[np.ndarray, np.ndarray]:
 def is_short(p: Any, g: Geometry) -> bool:
     """Whether a group has so few queries that keys are better read where they lie."""
     return (0 < g.heads // max(1, g.groups) * g.n <= tuning.table().short[g.kind]
-            and g.m > 0
+            and g.m > 0 and p.q_index is None and p.k_index is None
             and p.k.strides[3] == p.k.itemsize and p.v.strides[3] == p.v.itemsize
             and (g.heads == g.groups or len(p.blocks.rows.start) == 1))
 
@@ -142,17 +150,21 @@ def delta(dout: np.ndarray, out: np.ndarray, lse: np.ndarray,
     return found
 
 
+def empty(shape: tuple[int, ...], dtype: np.dtype, index: np.ndarray | None) -> np.ndarray:
+    """Make room for a result; zeros where an index may leave tokens out."""
+    return np.empty(shape, dtype) if index is None else np.zeros(shape, dtype)
+
+
 def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
-             ) -> dict[str, np.ndarray]:
+             onto: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """Return the gradients by argument; lse and delta (B, H, N) are those of the merged result."""
     p, g = problem, geometry_of(problem)
     starts, scratch = backward_scratch(g)
     job = Job(p, g, g.record)
     job.put("back", *starts)
     lse_at = job.hold(lse)
-    job.describe("q", p.q, job.q_lengths, job.scale, lse_at)
-    job.describe("dout", dout, job.q_lengths, 0, lse_at)
-    job.put("lse", lse_at)
+    job.describe("q", p.q, job.q_index, job.q_lengths, job.scale, lse_at)
+    job.describe("dout", dout, job.q_index, job.q_lengths, 0, lse_at)
 
     terms = {name: TermGradient(term) for name, term in (("bias", p.bias), ("gate", p.gate))
              if term is not None}
@@ -170,19 +182,23 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     if table is not None:
         job.put("doffsets", *table.allocate(pieces))
     job.put("pairs", *(job.hold(x, np.int64) for x in (pieces.pairs, pieces.start, pieces.slice)),
-            pieces.chunks, is_short(p, g) and g.fold == 1)
+            pieces.chunks, onto is None and is_short(p, g) and g.fold == 1)
 
-    found = {name: np.empty(shape, g.dtype if name in p.summed else p.q.dtype.newbyteorder("="))
-             for name, shape in (("q", (g.batch, g.heads, g.n, g.d)),
-                                 ("k", (g.batch, g.groups, g.m, g.d)),
-                                 ("v", (g.batch, g.groups, g.m, g.e)))}
+    indices = {"q": p.q_index, "k": p.k_index, "v": p.k_index}
+    found = {name: empty(x.shape, g.dtype if name in p.summed else p.q.dtype.newbyteorder("="),
+                         indices[name])
+             for name, x in (("q", p.q), ("k", p.k), ("v", p.v))} if onto is None else dict(onto)
+    for name, x in found.items():
+        job.describe_result(f"d{name}", x, onto is not None)
     tiles = g.batch * g.heads * g.row_tiles
     rows, size, pairs = tiles * TILE, g.dtype.itemsize, g.fold > 1
     q, dout_rows = (rows * width * g.operand.itemsize for width in (g.d_padded, g.e_padded))
-    # sums that are laid out as their result is are made in its place
-    sums = {name: rows * g.d_padded * size if name == "q" else x.size * size * (pieces.chunks > 1)
-            for name, x in found.items()}
-    in_place = [name for name, x in found.items() if x.nbytes == sums[name] and x.dtype == g.dtype]
+    columns = g.batch * g.groups * g.m * size * (pieces.chunks > 1)
+    sums = {"q": rows * g.d_padded * size, "k": columns * g.d, "v": columns * g.e}
+    # sums that are laid out as their result is are made in its place; those of q are scaled later
+    in_place = [name for name, x in found.items()
+                if x.nbytes == sums[name] and x.dtype == g.dtype and x.flags.c_contiguous
+                and indices[name] is None and (onto is None or name != "q")]
     at = job.workspace(
         q=q, q_pairs=q * pairs, q_notes=tiles, dout=dout_rows, dout_pairs=dout_rows * pairs,
         dout_notes=tiles, shifts=rows * size, means=rows * size,
@@ -192,9 +208,7 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     for name in ("q", "dout"):
         job.put(f"{name}.rows", at[name], 0, at[f"{name}_pairs"], at[f"{name}_notes"])
     job.put("delta", job.hold(delta), *(at[name] for name in ("shifts", "means", "dq", "dk", "dv")),
-            *map(address, found.values()), address(dscale),
-            *(SOURCE_CODES[x.dtype] for x in found.values()),
-            *(x.itemsize for x in found.values()))
+            address(dscale))
     run_phases(job, pieces, tiles, scratch)
 
     found["scale"] = dscale.sum((0, 2)).astype(g.dtype)

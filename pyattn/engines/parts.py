@@ -1,8 +1,9 @@
 """Softmax attention part by part: tokens reordered for each, partial results merged.
 
 A plan (`pyattn.masks.plan`) divides a mask's pairs among parts, each with an order of tokens that
-makes few tiles of them. A part is a problem of its own, whose items are batch items; what it finds
-goes back to where its tokens stand. With lse the log-sum-exp of all parts together,
+makes few tiles of them. A part is a problem of its own, whose items are batch items that list their
+tokens; what it finds goes to where these stand, on top of what the parts before it found. With lse
+the log-sum-exp of all parts together,
 
     out = sum over parts of exp(lse_part - lse) out_part
 
@@ -12,7 +13,6 @@ and the backward of each part takes lse and delta of the whole, so that its grad
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -21,12 +21,15 @@ import numpy as np
 from .. import arrays, masks
 from ..arrays import Array
 from ..masks.block_mask import Count
-from ..masks.order import NONE, Order
+from ..masks.order import Order
 from ..masks.plan import Part
+from . import indexed
 from .placement import Placement
 from .problem import Problem, Term
 
 Parts = tuple[Part, ...]
+
+OPERANDS = ("q", "k", "v")
 
 
 def parts_of(mask: masks.Mask, placement: Placement) -> Parts | None:
@@ -45,45 +48,45 @@ def parts_of(mask: masks.Mask, placement: Placement) -> Parts | None:
 
 
 def forward(kernel: Any, problem: Problem, parts: Parts) -> tuple[Array, Array]:
-    """Return out (B, H, N, E) and lse (B, H, N), both in acc."""
-    xp = arrays.namespace(problem.q)
-    heads, n = problem.q.shape[1:3]
-    found = []
-    for part in _fitting(parts, problem):
-        out, lse = kernel.forward(_problem(xp, problem, part))
-        found.append(tuple(_spread_heads(xp, _spread(xp, x, part.queries, part, n, fill),
-                                         part.heads, heads, 1, fill)
-                           for x, fill in ((out, 0.0), (lse, -math.inf))))
-    lses = [lse for _, lse in found]
-    if problem.sinks is not None:
-        lses.append(xp.broadcast_to(problem.sinks[None, :, None], lses[0].shape))
-    lse = _log_sum(xp, lses)
-    total = None
-    for out, own in found:
-        with np.errstate(all="ignore"):
-            share = xp.where(own == -math.inf, 0.0, xp.exp(own - lse))[..., None]
-        if type(out) is np.ndarray:
-            out *= share
-        else:
-            out = share * out
-        total = out if total is None else arrays.added(total, out)
-    return total, lse
+    """Return out (B, H, N, E) and lse (B, H, N); out in acc unless it is in the dtype of q."""
+    xp, found = arrays.namespace(problem.q), None
+    acc = arrays.accumulator(xp, problem.q)
+    for part in _fitting(kernel, parts, problem):
+        own = _problem(problem, part, alone=len(parts) == 1)
+        if part.heads is None:
+            found = indexed.forward(kernel, own, found)
+            continue
+        if found is None:
+            rows = problem.q.shape[:3]
+            found = (np.zeros((*rows, problem.v.shape[3]), acc), np.full(rows, -math.inf, acc))
+        indexed.forward(kernel, own, (found[0][:, _span(part.heads)],
+                                      found[1][:, _span(part.heads)]))
+    assert found is not None
+    return found if problem.sinks is None else _with_sinks(xp, *found, problem.sinks)
 
 
 def backward(kernel: Any, problem: Problem, parts: Parts, dout: Array, lse: Array,
              delta: Array) -> dict[str, Array]:
-    """Return the gradients by name as a kernel does, all in acc."""
+    """Return the gradients by name as a kernel does, those of q, k and v in acc or as they are."""
     xp = arrays.namespace(problem.q)
     total: dict[str, Array] = {}
-    for part in _fitting(parts, problem):
-        rows = (_taken(xp, _heads(xp, x, part.heads, 1), part.queries, part)
-                for x in (dout, lse, delta))
-        grads = kernel.backward(_problem(xp, problem, part), *rows)
-        if type(dout) is np.ndarray and part.heads is None:
-            for name, order in (("q", part.queries), ("k", part.keys), ("v", part.keys)):
-                if name in total and order is not None:
-                    _add_at(total[name], grads.pop(name), order)
-        for name, x in _put_back(xp, grads, part, problem).items():
+    for part in _fitting(kernel, parts, problem):
+        own = _problem(problem, part, alone=len(parts) == 1)
+        onto = {name: total[name] for name in OPERANDS} if total else None
+        rows = (dout, lse, delta)
+        if part.heads is not None:
+            if onto is None:
+                onto = {name: np.zeros(getattr(problem, name).shape, lse.dtype)
+                        for name in OPERANDS}
+                total |= onto
+            groups = _groups(part.heads, problem)
+            onto = {name: x[:, _span(part.heads if name == "q" else groups)]
+                    for name, x in onto.items()}
+            rows = tuple(x[:, _span(part.heads)] for x in rows)
+        grads = indexed.backward(kernel, own, *rows, onto)
+        if part.heads is None:
+            total |= {name: grads[name] for name in OPERANDS}
+        for name, x in _of_the_whole(xp, grads, part, problem).items():
             total[name] = arrays.added(total[name], x) if name in total else x
     return total
 
@@ -97,57 +100,61 @@ def count(problem: Problem, parts: Parts) -> Count:
     return Count(sum(found.tiles for found in counts), sum(found.pairs for found in counts))
 
 
-def _fitting(parts: Parts, problem: Problem) -> Parts:
-    """Return parts for all heads where there is dropout, which draws by the head's number."""
-    if not problem.dropout:
-        return parts
-    return tuple(part.for_all(problem.q.shape[1]) for part in parts)
+def _fitting(kernel: Any, parts: Parts, problem: Problem) -> Parts:
+    """Return parts that are for all heads, or for some that lie side by side.
+
+    Dropout draws by the head's number, so it takes all.
+    """
+    def fits(part: Part) -> bool:
+        return part.heads is None or (
+            kernel.INDEXED and not problem.dropout and _side_by_side(part.heads)
+            and len(_groups(part.heads, problem)) * problem.q.shape[1]
+            == len(part.heads) * problem.k.shape[1])
+
+    return tuple(part if fits(part) else part.for_all(problem.q.shape[1]) for part in parts)
 
 
-def _problem(xp: Any, p: Problem, part: Part) -> Problem:
-    """Return the problem that a part is."""
-    chosen = _groups(part.heads, p.q.shape[1], p.k.shape[1])
+def _problem(p: Problem, part: Part, *, alone: bool) -> Problem:
+    """Return the problem that a part is; results are added to others unless it is `alone`."""
+    batch = len(p.q_lengths)
     changes: dict[str, Any] = {
-        "q": _taken(xp, _heads(xp, p.q, part.heads, 1), part.queries, part),
-        "k": _taken(xp, _heads(xp, p.k, chosen, 1), part.keys, part),
-        "v": _taken(xp, _heads(xp, p.v, chosen, 1), part.keys, part),
-        "scale": _heads(xp, p.scale, part.heads, 0), "blocks": part.blocks,
-        "layout": _layout(p, part), "q_lengths": _lengths(p.q_lengths, part.queries),
-        "kv_lengths": _lengths(p.kv_lengths, part.keys), "sinks": None,
-        "summed": ("out", "q", "k", "v")}
+        "blocks": part.blocks, "layout": _layout(p, part), "sinks": None,
+        "q_lengths": _lengths(p.q_lengths, part.queries),
+        "kv_lengths": _lengths(p.kv_lengths, part.keys)}
+    if not alone:
+        changes["summed"] = ("out", *OPERANDS)
+    if part.heads is not None:
+        groups = _span(_groups(part.heads, p))
+        changes |= {"q": p.q[:, _span(part.heads)], "k": p.k[:, groups], "v": p.v[:, groups],
+                    "scale": p.scale[_span(part.heads)]}
+    for name, order in (("q_index", part.queries), ("k_index", part.keys)):
+        if order is not None:
+            changes[name] = order.listing(batch)
     for name in ("bias", "gate"):
         if getattr(p, name) is not None:
-            changes[name] = _term(xp, getattr(p, name), part)
-    if p.offsets is not None and p.offsets.shape[0] > 1:
-        changes["offsets"] = _heads(xp, p.offsets, part.heads, 0)
+            changes[name] = _term(getattr(p, name), part)
+    if p.offsets is not None and p.offsets.shape[0] > 1 and part.heads is not None:
+        changes["offsets"] = p.offsets[_span(part.heads)]
     for name, order in (("q_positions", part.queries), ("k_positions", part.keys),
                         ("streams", part.queries)):
         given = getattr(p, name)
         if given is not None and order is not None:
-            taken = np.broadcast_to(given[:, order.taken],
-                                    (p.q.shape[0], order.items, order.slots))
+            taken = np.broadcast_to(given[:, order.taken], (batch, order.items, order.slots))
             changes[name] = np.ascontiguousarray(taken.reshape(-1, order.slots))
     return dataclasses.replace(p, **changes)
 
 
-def _put_back(xp: Any, grads: dict[str, Array], part: Part, p: Problem) -> dict[str, Array]:
-    """Return those of a part's gradients that are there as they are for the whole problem."""
-    heads, groups = p.q.shape[1], p.k.shape[1]
-    chosen = _groups(part.heads, heads, groups)
-    found = {"scale": _spread_heads(xp, grads["scale"], part.heads, heads, 0, 0.0)}
-    for name, order, own, all_own in (("q", part.queries, part.heads, heads),
-                                      ("k", part.keys, chosen, groups),
-                                      ("v", part.keys, chosen, groups)):
-        if name in grads:
-            back = _spread(xp, grads[name], order, part, getattr(p, name).shape[2], 0.0)
-            found[name] = _spread_heads(xp, back, own, all_own, 1, 0.0)
+def _of_the_whole(xp: Any, grads: dict[str, Array], part: Part, p: Problem) -> dict[str, Array]:
+    """Return a part's gradients, but for those of the operands, as they are for all heads."""
+    heads = p.q.shape[1]
+    found = {"scale": _spread_heads(xp, grads["scale"], part.heads, heads, 0)}
     for name in ("bias", "gate"):
         if getattr(p, name) is not None:
             found[name] = _term_gradient(xp, grads[name], getattr(p, name), part)
     if p.offsets is not None:
         table = grads["offsets"]
         found["offsets"] = table if p.offsets.shape[0] == 1 else _spread_heads(
-            xp, table, part.heads, heads, 0, 0.0)
+            xp, table, part.heads, heads, 0)
     return found
 
 
@@ -162,83 +169,38 @@ def _lengths(lengths: np.ndarray, order: Order | None) -> np.ndarray:
     return lengths if order is None else order.lengths(lengths).reshape(-1)
 
 
-def _groups(heads: tuple[int, ...] | None, all_heads: int, groups: int) -> tuple[int, ...] | None:
-    """Return the heads of k and v that a part reads, each once if they are shared evenly."""
-    if heads is None:
-        return None
-    each = [head // (all_heads // groups) for head in heads]
-    once = tuple(sorted(set(each)))
-    times = len(each) // len(once)
-    return once if each == [g for g in once for _ in range(times)] else tuple(each)
+def _groups(heads: tuple[int, ...], p: Problem) -> tuple[int, ...]:
+    """Return the heads of k and v that some heads read."""
+    shared = p.q.shape[1] // p.k.shape[1]
+    return tuple(sorted({head // shared for head in heads}))
 
 
-def _heads(xp: Any, x: Array, heads: tuple[int, ...] | None, axis: int) -> Array:
-    """Take some heads, as a view where they lie side by side."""
-    if heads is None:
-        return x
-    first, last = heads[0], heads[-1] + 1
-    if heads == tuple(range(first, last)):
-        return x[(slice(None),) * axis + (slice(first, last), ...)]
-    return xp.take(x, _index(xp, np.asarray(heads), x), axis=axis)
+def _side_by_side(heads: tuple[int, ...]) -> bool:
+    return heads == tuple(range(heads[0], heads[-1] + 1))
 
 
-def _spread_heads(xp: Any, x: Array, heads: tuple[int, ...] | None, total: int, axis: int,
-                  fill: float) -> Array:
-    """Undo `_heads`: what a head has several times is added up, what it has not is `fill`."""
+def _span(heads: tuple[int, ...]) -> slice:
+    return slice(heads[0], heads[-1] + 1)
+
+
+def _spread_heads(xp: Any, x: Array, heads: tuple[int, ...] | None, total: int,
+                  axis: int) -> Array:
+    """Return what some heads have as an array for all, zeros for the others."""
     if heads is None:
         return x
-    found = []
-    for head in range(total):
-        mine = [x[(slice(None),) * axis + (place, ...)]
-                for place, chosen in enumerate(heads) if chosen == head]
-        found.append(functools.reduce(lambda a, b: a + b, mine) if mine else xp.full_like(
-            x[(slice(None),) * axis + (0, ...)], fill))
-    return xp.stack(found, axis=axis)
+    shape = [*x.shape]
+    pieces = []
+    for size, piece in ((heads[0], None), (len(heads), x), (total - heads[-1] - 1, None)):
+        shape[axis] = size
+        pieces.append(xp.zeros(tuple(shape), dtype=x.dtype) if piece is None else piece)
+    return xp.concat(pieces, axis=axis)
 
 
-def _taken(xp: Any, x: Array, order: Order | None, part: Part) -> Array:
-    """Take tokens of (B, H, N, ...) in their order: (B * items, H, slots, ...)."""
-    if order is None:
-        return x
-    b, h, _, *rest = x.shape
-    x = xp.take(x, _index(xp, order.taken.reshape(-1), x), axis=2)
-    x = xp.reshape(x, (b, h, order.items, order.slots, *rest))
-    x = xp.permute_dims(x, (0, 2, 1, *range(3, x.ndim)))
-    return arrays.reshape(xp, x, (b * order.items, h, order.slots, *rest))
-
-
-def _spread(xp: Any, x: Array, order: Order | None, part: Part, tokens: int,
-            fill: float) -> Array:
-    """Undo `_taken`: (B, H, tokens, ...), `fill` where the order has no such token."""
-    if order is None:
-        return x
-    items, h, slots, *rest = x.shape
-    x = xp.reshape(x, (items // order.items, order.items, h, slots, *rest))
-    if type(x) is np.ndarray:
-        out = np.full((x.shape[0], h, tokens, *rest), fill, x.dtype)
-        for item, index in enumerate(order.index):
-            held = index[index != NONE]
-            out[:, :, held] = x[:, item, :, :len(held)]
-        return out
-    x = xp.permute_dims(x, (0, 2, 1, *range(3, x.ndim)))
-    x = arrays.reshape(xp, x, (x.shape[0], h, order.items * slots, *rest))
-    x = xp.concat([x, xp.full_like(x[:, :, :1, ...], fill)], axis=2)
-    taken = [xp.take(x, _index(xp, place, x), axis=2) for place in order.places(tokens)]
-    return functools.reduce(lambda a, b: a + b, taken)
-
-
-def _add_at(total: np.ndarray, x: np.ndarray, order: Order) -> None:
-    """Add tokens where they stand, as `_spread` puts them, without an array of that size."""
-    items, h, slots, *rest = x.shape
-    x = x.reshape(items // order.items, order.items, h, slots, *rest)
-    for item, index in enumerate(order.index):
-        held = index[index != NONE]
-        total[:, :, held] += x[:, item, :, :len(held)]
-
-
-def _term(xp: Any, term: Term, part: Part) -> Term:
+def _term(term: Term, part: Part) -> Term:
     """Return a bias or gate as a part has it."""
-    array = term.array if term.array.shape[1] == 1 else _heads(xp, term.array, part.heads, 1)
+    array, xp = term.array, arrays.namespace(term.array)
+    if part.heads is not None and array.shape[1] > 1:
+        array = array[:, _span(part.heads)]
     b, h, n, m = array.shape
     rows, columns = (None if length == 1 else order
                      for length, order in ((n, part.queries), (m, part.keys)))
@@ -273,7 +235,7 @@ def _term_gradient(xp: Any, grad: Array, term: Term, part: Part) -> Array:
         grad = xp.concat([grad, xp.zeros_like(grad[:, :, :1])], axis=2)
         grad = xp.take(grad, _index(xp, place.reshape(-1), grad), axis=2)
         grad = xp.reshape(grad, (b, own, n, m))
-    return grad if h == 1 else _spread_heads(xp, grad, part.heads, h, 1, 0.0)
+    return grad if h == 1 else _spread_heads(xp, grad, part.heads, h, 1)
 
 
 def _whereabouts(order: Order | None, tokens: int, items: int) -> tuple[np.ndarray, np.ndarray]:
@@ -285,13 +247,11 @@ def _whereabouts(order: Order | None, tokens: int, items: int) -> tuple[np.ndarr
     return np.where(nowhere, -1, place // order.slots), np.where(nowhere, -1, place % order.slots)
 
 
-def _log_sum(xp: Any, lses: list[Array]) -> Array:
-    """Return log(sum(exp(lse))), -inf where all are."""
-    top = functools.reduce(xp.maximum, lses)
-    base = xp.where(top == -math.inf, 0.0, top)
+def _with_sinks(xp: Any, out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    joint = indexed.log_sum(xp, lse, xp.broadcast_to(sinks[None, :, None], lse.shape))
     with np.errstate(all="ignore"):
-        total = functools.reduce(lambda a, b: a + b, [xp.exp(lse - base) for lse in lses])
-        return base + xp.log(total)
+        share = xp.where(lse == -math.inf, 0.0, xp.exp(lse - joint))[..., None]
+    return arrays.cast(xp, share * arrays.cast(xp, out, lse.dtype), out.dtype), joint
 
 
 def _index(xp: Any, index: np.ndarray, like: Array) -> Array:

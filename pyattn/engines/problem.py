@@ -3,7 +3,8 @@
 Letters: B batch items (all leading axes in one), H query heads, G key/value heads (H a multiple of
 G; head h reads h // (H // G)), N queries, M keys, D width of q and k, E width of v and out.
 
-A kernel module for this engine, ``pyattn.kernels.<backend>.softmax``, has five functions:
+A kernel module for this engine, ``pyattn.kernels.<backend>.softmax``, has a constant and five
+functions:
 
 ``refuses(problem)``
     Why it cannot run this problem, or None.
@@ -18,6 +19,10 @@ A kernel module for this engine, ``pyattn.kernels.<backend>.softmax``, has five 
     term's array) and offsets where given. `lse` and `delta` are those of the merged result.
 ``weights(problem, lse)``
     The probabilities before dropout, (B, H, N, M).
+
+``INDEXED`` says whether it takes problems with a `q_index` or `k_index`. Then ``forward`` and
+``backward`` also take ``onto``: out and lse, or the gradients of q, k and v by name, in acc, to
+which theirs are added (out by the shares that the log-sum-exps tell), in place.
 
 Arrays may be strided views, and are not written to. lse, delta and the gradients of scale and
 offsets come in acc; out, weights and the other gradients in acc or in the dtype of their argument,
@@ -98,6 +103,12 @@ class Problem:
     """int32 (1 or B, M); likewise."""
     streams: np.ndarray | None = None
     """int32 (1 or B, N): dropout's number of the sequence that a query is of."""
+    q_index: np.ndarray | None = None
+    """int32 (B, 1 or H, N), for kernels that are ``INDEXED``: which token of q a query is, -1 for a
+    row of zeros whose results are dropped. q is then (B', H, T, D), item b takes its tokens from
+    ``b // (B // B')``, and no token of a head is listed twice. So are dout and all results."""
+    k_index: np.ndarray | None = None
+    """int32 (B, 1 or G, M): likewise for k and v; without `q_index`, B' is B."""
     summed: tuple[str, ...] = ()
     """Those of q, k, v whose gradients, and "out" if the output, are added to others."""
 

@@ -25,7 +25,8 @@ from ..checks import (
     require_real,
 )
 from ..differentiable import Saved, gradients
-from . import parts
+from ..masks.order import Order
+from . import indexed, parts
 from .placement import Placement, place
 from .problem import Problem, Term, record
 
@@ -51,6 +52,12 @@ class Call(Saved):
     softcap: float | None
     dropout: float
     dropout_seed: int | None
+    order: Order | None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading axes of q, k and v; with an order the placement has its items beside them."""
+        return self.placement.batch if self.order is None else self.placement.batch[:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,7 @@ class SoftmaxSaved(Call):
     @property
     def stats(self) -> dict[str, int]:
         """Counters: pairs allowed, 64 x 64 tiles executed, flops of those, bytes in and out."""
-        divided = parts.parts_of(self.mask, self.placement)
+        divided = _divided(self)
         problem = _problem(self, divided)
         tiles, pairs = (problem.blocks.count(problem.layout, problem.q_lengths, problem.kv_lengths)
                         if divided is None else parts.count(problem, divided))
@@ -92,7 +99,7 @@ class SoftmaxSaved(Call):
             Gradient of the log-sum-exp, where the loss uses it.
         """
         _check_cotangents(self, dout, dlse)
-        divided = parts.parts_of(self.mask, self.placement)
+        divided = _divided(self)
         problem, xp = _problem(self, divided), arrays.namespace(self.q)
         acc = arrays.accumulator(xp, self.q)
         rows = problem.q.shape[:3]
@@ -103,10 +110,10 @@ class SoftmaxSaved(Call):
             dlse = arrays.cast(xp, arrays.reshape(xp, dlse, rows), acc)
         kernel = dispatch.kernel("softmax", problem, self.q)
         delta = _delta(kernel, xp, problem, dout, out, lse, dlse)
-        grads = (kernel.backward(problem, dout, lse, delta) if divided is None else
+        grads = (indexed.backward(kernel, problem, dout, lse, delta) if divided is None else
                  parts.backward(kernel, problem, divided, dout, lse, delta))
 
-        found = {name: _unbroadcast(xp, grads[name], x, self.placement.batch)
+        found = {name: _unbroadcast(xp, grads[name], x, self.batch)
                  for name, x in (("q", self.q), ("k", self.k), ("v", self.v))}
         for name, x in (("bias", self.bias), ("gate", self.gate)):
             if x is not None:
@@ -128,11 +135,16 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
             sinks: Array | None = None, offsets: Any = None, dropout: float = 0.0, rng: Any = None,
             q_lengths: Any = None, kv_lengths: Any = None, segments: Any = None,
             return_lse: bool = False, return_weights: bool = False,
-            decisions: dict[str, Any] | None = None) -> tuple[Any, SoftmaxSaved]:
+            decisions: dict[str, Any] | None = None,
+            order: Order | None = None) -> tuple[Any, SoftmaxSaved]:
     """Attention over the pairs that `mask` allows; see `pyattn.attention` for the arguments.
 
     `offsets` is a function of the distances (key position - query position), an int array, that
     returns the table (1 or H, distances) to add to the scores.
+
+    `order` deals tokens out to items, which attend to themselves like batch items: mask, bias,
+    lengths and all else are those of (..., items, H, slots, slots), where a slot without a token
+    holds zeros; operands and results are still those of the tokens in their place.
     """
     named = {"q": q, "k": k, "v": v, "bias": bias, "gate": gate, "sinks": sinks,
              "scale": scale if is_array(scale) else None}
@@ -140,6 +152,9 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     batch = _check_operands(q, k, v)
     arrays.require_same_device(named)
     heads, n, m = q.shape[-3], q.shape[-2], k.shape[-2]
+    rows = (*batch, heads, n)
+    if order is not None:
+        batch, n, m = (*batch, order.items), order.slots, order.slots
     for name, term in (("bias", bias), ("gate", gate)):
         if term is not None:
             arrays.require_float(name, term)
@@ -162,13 +177,13 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
         "q": q, "k": k, "v": v, "bias": bias, "gate": gate, "scale": scale, "sinks": sinks,
         "offsets": None if offsets is None else offsets(placement.distances), "mask": mask,
         "placement": placement, "softcap": None if softcap is None else float(softcap),
-        "dropout": _check_dropout(dropout), "dropout_seed": _seed(dropout, rng, decisions)})
-    divided = parts.parts_of(mask, placement)
+        "dropout": _check_dropout(dropout), "dropout_seed": _seed(dropout, rng, decisions),
+        "order": order})
+    divided = _divided(call)
     problem = _problem(call, divided)
     kernel = dispatch.kernel("softmax", problem, q)
-    out, lse = (kernel.forward(problem) if divided is None else
+    out, lse = (indexed.forward(kernel, problem) if divided is None else
                 parts.forward(kernel, problem, divided))
-    rows = (*batch, heads, n)
     result = arrays.cast(xp, arrays.reshape(xp, out, (*rows, v.shape[-1])), q.dtype)
     saved = record(SoftmaxSaved, {**vars(call), "out": result,
                                   "lse": arrays.reshape(xp, lse, rows)})
@@ -178,6 +193,11 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
         weights = arrays.reshape(xp, kernel.weights(whole, lse), (*rows, m))
         extras.append(arrays.cast(xp, weights, q.dtype))
     return ((result, *extras) if extras else result), saved
+
+
+def _divided(call: Call) -> parts.Parts | None:
+    """The parts that a call is done in, if its mask is planned so."""
+    return parts.parts_of(call.mask, call.placement) if call.order is None else None
 
 
 def is_array(x: Any) -> bool:
@@ -271,12 +291,12 @@ def _problem(call: Call, divided: parts.Parts | None = None) -> Problem:
 
     Where it is to be divided into parts, these have the masks.
     """
-    q, placement = call.q, call.placement
+    q, placement, own = call.q, call.placement, call.batch
     xp, batch, heads = arrays.namespace(q), placement.batch, q.shape[-3]
     acc = arrays.accumulator(xp, q)
     blocks = placement.compile(call.mask if divided is None else EVERYTHING)
     fields = {
-        "q": _flat(xp, q, batch), "k": _flat(xp, call.k, batch), "v": _flat(xp, call.v, batch),
+        "q": _flat(xp, q, own), "k": _flat(xp, call.k, own), "v": _flat(xp, call.v, own),
         "scale": _per_head(xp, call.scale, heads, acc, q), "blocks": blocks,
         "layout": _layout(blocks.layout, batch, heads), "q_lengths": placement.q_lengths,
         "kv_lengths": placement.kv_lengths, "softcap": call.softcap,
@@ -284,7 +304,9 @@ def _problem(call: Call, divided: parts.Parts | None = None) -> Problem:
         "offsets": call.offsets, "dropout": call.dropout, "dropout_seed": call.dropout_seed or 0}
     if not q.shape[:-3] == call.k.shape[:-3] == call.v.shape[:-3]:
         operands = (("q", q), ("k", call.k), ("v", call.v))
-        fields["summed"] = tuple(name for name, x in operands if _shared_axes(x, batch))
+        fields["summed"] = tuple(name for name, x in operands if _shared_axes(x, own))
+    if call.order is not None:
+        fields["q_index"] = fields["k_index"] = call.order.listing(math.prod(own))
     if call.sinks is not None:
         fields["sinks"] = _per_head(xp, call.sinks, heads, acc, q)
     if call.offsets is not None or call.dropout:

@@ -18,6 +18,7 @@ import numpy as np
 from .. import arrays, masks
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_integer
+from ..masks.order import Order
 from ..masks.placement import bottom_right
 
 
@@ -68,6 +69,11 @@ class Windows:
     def padded(self) -> bool:
         """Whether there is padding."""
         return bool((self.cells < 0).any())
+
+    @functools.cached_property
+    def order(self) -> Order:
+        """Every window as an item."""
+        return Order(self.cells)
 
     @functools.cached_property
     def places(self) -> np.ndarray:
@@ -134,21 +140,15 @@ def _returning(layout: Windows, heads: int) -> np.ndarray:
     return ((window * heads + np.arange(heads)[:, None]) * layout.cells.shape[1] + place).ravel()
 
 
-def partition(x: Array, layout: Windows, *, zeros: bool = True) -> Array:
-    """(..., H, N, D) as (..., W, H, P, D), in one copy for dense `x`.
-
-    Padding is 0, which takes another copy, or without `zeros` whatever lies at hand.
-    """
+def partition(x: Array, layout: Windows) -> Array:
+    """(..., H, N, D) as (..., W, H, P, D), with zeros for padding."""
     xp = arrays.namespace(x)
     *lead, heads, tokens, width = x.shape
     rows = arrays.reshape(xp, x, (*lead, heads * tokens, width))
-    if layout.padded and zeros:
+    if layout.padded:
         empty = xp.zeros((*lead, 1, width), dtype=x.dtype, device=arrays.device(x))
         rows = xp.concat([rows, empty], axis=-2)
-    index = _gathering(layout, heads)
-    if layout.padded and not zeros:
-        index = np.minimum(index, heads * tokens - 1)
-    return arrays.reshape(xp, _taken(xp, rows, index),
+    return arrays.reshape(xp, _taken(xp, rows, _gathering(layout, heads)),
                           (*lead, layout.cells.shape[0], heads, layout.cells.shape[1], width))
 
 
@@ -167,34 +167,11 @@ def _taken(xp: Any, rows: Array, index: np.ndarray) -> Array:
     return xp.take(rows, index, axis=-2)
 
 
-def lines(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """(..., H, N, D) as (..., other axes of the grid, H, side, D), a view where that is possible.
-
-    Every line of cells along `axis` is a sequence of its own.
-    """
-    xp = arrays.namespace(x)
-    lead = x.ndim - 3
-    grid = arrays.reshape(xp, x, (*x.shape[:-2], *shape, x.shape[-1]))
-    return xp.permute_dims(grid, _line_order(lead, len(shape), axis))
-
-
-def unlines(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Undo `lines`."""
-    xp = arrays.namespace(x)
-    lead = x.ndim - len(shape) - 2
-    order = _line_order(lead, len(shape), axis)
-    grid = xp.permute_dims(x, tuple(order.index(i) for i in range(x.ndim)))
-    return arrays.reshape(xp, grid, (*x.shape[:lead], x.shape[-3], math.prod(shape), x.shape[-1]))
-
-
-def _line_order(lead: int, axes: int, axis: int) -> tuple[int, ...]:
-    others = [lead + 1 + other for other in range(axes) if other != axis]
-    return (*range(lead), *others, lead, lead + 1 + axis, lead + 1 + axes)
-
-
-def line_cells(shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Cells of each line along `axis`, int (other axes of the grid, side)."""
-    return np.moveaxis(np.arange(math.prod(shape)).reshape(shape), axis, -1)
+@functools.lru_cache(128)
+def line_order(shape: tuple[int, ...], axis: int) -> Order:
+    """Every line of a grid's cells along `axis` as an item."""
+    cells = np.arange(math.prod(shape)).reshape(shape)
+    return Order(np.moveaxis(cells, axis, -1).reshape(-1, shape[axis]))
 
 
 def inside(mask: masks.Mask, cells: np.ndarray, tokens: int) -> masks.Mask:

@@ -18,12 +18,15 @@ from .placement import Frame, PlainFrame
 from .positions import window_2d
 
 NONE = -1
-"""In the slots behind an item's last token."""
+"""In slots that hold no token."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Order:
-    """Slot s of item x holds token ``index[x, s]``; -1 comes behind the last."""
+    """Slot s of item x holds token ``index[x, s]``, or none where that is -1.
+
+    In the parts of a plan -1 comes behind an item's last token.
+    """
 
     index: np.ndarray
     """int64 (items, slots)."""
@@ -62,6 +65,14 @@ class Order:
         last = np.count_nonzero(self.index != NONE, axis=1, keepdims=True) - 1
         slot = np.minimum(np.arange(self.slots), np.maximum(last, 0))
         return np.maximum(np.take_along_axis(self.index, slot, axis=1), 0)
+
+    def listing(self, batch: int) -> np.ndarray:
+        """Return the index for `batch` sequences, each divided into items: int32 (B, 1, slots)."""
+        return self._listing if batch == 1 else np.tile(self._listing, (batch, 1, 1))
+
+    @functools.cached_property
+    def _listing(self) -> np.ndarray:
+        return np.ascontiguousarray(self.index[:, None], np.int32)
 
     def places(self, tokens: int) -> np.ndarray:
         """Return where each token is: numbers of slots, int64 (times, tokens).

@@ -162,6 +162,17 @@ def attention(q: Array, k: Array, v: Array, *, mask: Any = None, bias: Array | N
     >>> saved.backward(np.ones((1, 4, 3)), np.zeros((1, 4))).q.shape
     (1, 4, 3)
     """
+    return attend(
+        q, k, v, mask=mask, causal=causal, window=window, alibi_slopes=alibi_slopes, bias=bias,
+        gate=gate, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, rng=rng,
+        q_lengths=q_lengths, kv_lengths=kv_lengths, segments=segments, return_lse=return_lse,
+        return_weights=return_weights, decisions=decisions)
+
+
+def attend(q: Array, k: Array, v: Array, *, mask: Any = None, causal: bool | str = False,
+           window: Any = None, alibi_slopes: Array | None = None,
+           **options: Any) -> tuple[Any, Any]:
+    """The forward of `attention`, for callers who also have an `order` for the engine."""
     causal = require_choice("causal", causal, (False, True, "top_left"))
     if causal is not False or window is not None:
         mask = _with(mask, _pattern(causal, window))
@@ -177,9 +188,7 @@ def attention(q: Array, k: Array, v: Array, *, mask: Any = None, bias: Array | N
 
     out, saved = softmax.forward(
         q, k, v, mask=mask, alignment="top_left" if causal == "top_left" else "bottom_right",
-        bias=bias, gate=gate, scale=scale, softcap=softcap, sinks=sinks, offsets=offsets,
-        dropout=dropout, rng=rng, q_lengths=q_lengths, kv_lengths=kv_lengths, segments=segments,
-        return_lse=return_lse, return_weights=return_weights, decisions=decisions)
+        offsets=offsets, **options)
     return out, saved if alibi_slopes is None else AttentionSaved(saved, alibi_slopes)
 
 

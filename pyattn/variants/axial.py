@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import masks
+from .. import arrays, masks
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_choice, require_integer
 from ..differentiable import Saved, differentiable, gradients
 from ..engines.softmax import SoftmaxSaved
-from ..features.windows import inside, line_cells, lines, refuse, require_grid, unlines
-from .attention import attention
+from ..features.windows import inside, line_order, refuse, require_grid
+from .attention import attend
 
 REFUSED = ("bias", "gate", "q_lengths", "kv_lengths", "segments", "return_lse", "return_weights")
 
@@ -25,7 +25,6 @@ class AxialSaved(Saved):
     """What attention along each axis keeps."""
 
     passes: tuple[SoftmaxSaved, ...]
-    shape: tuple[int, ...]
     axes: tuple[int, ...]
     mode: str
 
@@ -44,16 +43,14 @@ class AxialSaved(Saved):
     def backward(self, dout: Array) -> Any:
         """Gradients of q, k, v, then of the attention's array options."""
         total: dict[str, Array] = {}
-        for axis, saved in zip(reversed(self.axes), reversed(self.passes), strict=True):
-            found = saved.backward(lines(dout, self.shape, axis))._asdict()
-            for name in ("q", "k", "v"):
-                found[name] = unlines(found[name], self.shape, axis)
+        for saved in reversed(self.passes):
+            found = saved.backward(dout)._asdict()
             if self.mode == "sequential":
                 # forward: this axis' values were the axis before's output
                 dout = found["v"]
                 total.pop("v", None)
-            total = {name: total[name] + grad if name in total else grad
-                     for name, grad in found.items()}
+            for name, grad in found.items():
+                total[name] = arrays.added(total[name], grad) if name in total else grad
         return gradients(tuple(total))(**total)
 
 
@@ -106,13 +103,12 @@ def axial_attention(q: Array, k: Array, v: Array, *, shape: Any, axes: Any = Non
 
     Notes
     -----
-    Time O(N (sum of sides) (D + E)). Lines are batch items for the engine: one copy of each operand
-    for each axis, none where the lines are dense. Kept for backward: these, the outputs and the
-    lse, for each axis. With ``causal=True`` a cell sees only cells whose coordinates are all at
-    most its own, in either mode; the autoregressive model of the paper, which sees all earlier
-    rows, shifts the output of one pass before the next, which is the caller's part. Differs from
-    the paper: projections, which it has for each axis, belong to the caller, who may call this for
-    each axis in turn.
+    Time O(N (sum of sides) (D + E)). Kept for backward: the arguments, and for each
+    axis the output and the lse. With ``causal=True`` a cell sees only cells whose coordinates are
+    all at most its own, in either mode; the autoregressive model of the paper, which sees all
+    earlier rows, shifts the output of one pass before the next, which is the caller's part. Differs
+    from the paper: projections, which it has for each axis, belong to the caller, who may call this
+    for each axis in turn.
 
     References
     ----------
@@ -144,23 +140,22 @@ def axial_attention(q: Array, k: Array, v: Array, *, shape: Any, axes: Any = Non
         own = None if decisions is None else {
             name.partition(".")[2]: value for name, value in decisions.items()
             if name.partition(".")[0] == str(axis)}
-        found, saved = attention.forward(
-            *(lines(x, shape, axis) for x in (q, k, v)),
+        found, saved = attend(
+            q, k, v, order=line_order(shape, axis),
             mask=None if mask is None else lined(mask, shape, axis), rng=rng, decisions=own,
             **options)
-        found = unlines(found, shape, axis)
         passes.append(saved)
         if mode == "sequential":
             v = out = found
         else:
             out = found if out is None else out + found
-    return out, AxialSaved(tuple(passes), shape, order, mode)
+    return out, AxialSaved(tuple(passes), order, mode)
 
 
 @functools.lru_cache(32)
 def lined(mask: masks.Mask, shape: tuple[int, ...], axis: int) -> masks.Mask:
     """What `mask` allows inside the lines along `axis`."""
-    return inside(mask, line_cells(shape, axis), math.prod(shape))
+    return inside(mask, line_order(shape, axis).index, math.prod(shape))
 
 
 def _axes(axes: Any, count: int) -> tuple[int, ...]:

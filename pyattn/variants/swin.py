@@ -17,15 +17,13 @@ from ..features.windows import (
     collect_table,
     expand_table,
     inside,
-    merge,
-    partition,
     per_axis,
     refuse,
     region_mask,
     require_grid,
     windows,
 )
-from .attention import attention
+from .attention import attend
 
 REFUSED = ("bias", "gate", "causal", "alibi_slopes", "q_lengths", "kv_lengths", "segments",
            "return_weights")
@@ -39,7 +37,6 @@ class SwinSaved(Saved):
     bias_table: Array
     layout: Windows
     window: tuple[int, ...]
-    reference: bool
 
     @property
     def decisions(self) -> dict[str, Array]:
@@ -53,14 +50,10 @@ class SwinSaved(Saved):
 
     def backward(self, dout: Array, dlse: Array | None = None) -> Any:
         """Gradients of q, k, v, bias_table, then of the attention's array options."""
-        dout = partition(dout, self.layout, zeros=self.reference)
-        if dlse is not None:
-            # zeros at padding, whose rows see no key but perhaps a sink
-            dlse = partition(dlse[..., None], self.layout)[..., 0]
         found = self.attended.backward(dout, dlse)._asdict()
         bias = found.pop("bias")
         table = collect_table(bias, self.window, self.layout.size)
-        grads = {name: merge(found.pop(name), self.layout) for name in ("q", "k", "v")}
+        grads = {name: found.pop(name) for name in ("q", "k", "v")}
         grads["bias_table"] = arrays.cast(arrays.namespace(table), table, self.bias_table.dtype)
         return gradients((*grads, *found))(**grads, **found)
 
@@ -160,14 +153,9 @@ def swin_attention(q: Array, k: Array, v: Array, bias_table: Array, *, shape: An
     if mask is not None:
         pattern = masks.restrict(_windowed(masks.restrict(masks.full(), mask), layout), pattern)
     wide = arrays.cast(xp, bias_table, arrays.accumulator(xp, bias_table))
-    out, attended = attention.forward(
-        *(partition(x, layout, zeros=reference) for x in (q, k, v)), mask=pattern,
-        bias=expand_table(wide, reach, layout.size), **options)
-    saved = SwinSaved(attended, bias_table, layout, reach, reference)
-    if isinstance(out, tuple):
-        out, lse = out
-        return (merge(out, layout), merge(lse[..., None], layout)[..., 0]), saved
-    return merge(out, layout), saved
+    out, attended = attend(q, k, v, order=layout.order, mask=pattern,
+                           bias=expand_table(wide, reach, layout.size), **options)
+    return out, SwinSaved(attended, bias_table, layout, reach)
 
 
 @functools.lru_cache(32)

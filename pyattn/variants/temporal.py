@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from .. import masks
 from ..arrays import Array
 from ..checks import ShapeError, require_integer
-from ..differentiable import Saved, differentiable, gradients
-from ..engines.softmax import SoftmaxSaved
-from ..features.windows import lines, refuse, unlines
-from .attention import attention
+from ..differentiable import differentiable
+from ..features.windows import line_order, refuse
+from .attention import attend
 from .axial import lined
 
 REFUSED = ("bias", "gate", "q_lengths", "kv_lengths", "segments", "return_weights")
-
-
-@dataclasses.dataclass(frozen=True)
-class TemporalSaved(Saved):
-    """What attention over the frames keeps."""
-
-    attended: SoftmaxSaved
-    shape: tuple[int, int]
-
-    @property
-    def decisions(self) -> dict[str, Array]:
-        """Those of the attention."""
-        return self.attended.decisions
-
-    @property
-    def stats(self) -> dict[str, int]:
-        """Those of the attention, over all places."""
-        return self.attended.stats
-
-    def backward(self, dout: Array, dlse: Array | None = None) -> Any:
-        """Gradients of q, k, v, then of the attention's array options."""
-        if dlse is not None:
-            dlse = lines(dlse[..., None], self.shape, 0)[..., 0]
-        found = self.attended.backward(lines(dout, self.shape, 0), dlse)._asdict()
-        for name in ("q", "k", "v"):
-            found[name] = unlines(found[name], self.shape, 0)
-        return gradients(tuple(found))(**found)
 
 
 @differentiable
@@ -85,8 +56,8 @@ def temporal_attention(q: Array, k: Array, v: Array, *, frames: int, window: Any
 
     Notes
     -----
-    Time O(N frames (D + E)), counted in tiles of 64 x 64 frames. Places are batch items for the
-    engine, which costs one copy of each operand. Kept for backward: these, the output and the lse.
+    Time O(N frames (D + E)), counted in tiles of 64 x 64 frames. Kept for backward: the
+    arguments, the output and the lse.
     Differs from the paper: `window`, which it does not have; the class token is left to
     `pyattn.layers.timesformer_block`.
 
@@ -113,10 +84,4 @@ def temporal_attention(q: Array, k: Array, v: Array, *, frames: int, window: Any
     shape = frames, q.shape[-2] // frames
     if mask is not None:
         mask = lined(masks.restrict(masks.full(), mask), shape, 0)
-    out, attended = attention.forward(*(lines(x, shape, 0) for x in (q, k, v)), mask=mask,
-                                      window=window, **options)
-    saved = TemporalSaved(attended, shape)
-    if isinstance(out, tuple):
-        out, lse = out
-        return (unlines(out, shape, 0), unlines(lse[..., None], shape, 0)[..., 0]), saved
-    return unlines(out, shape, 0), saved
+    return attend(q, k, v, order=line_order(shape, 0), mask=mask, window=window, **options)

@@ -40,7 +40,16 @@ from .masking import (
     next_tiles,
     runs_of,
 )
-from .packing import NOWHERE, TILE, pack_tile
+from .packing import (
+    NO_TOKEN,
+    NOWHERE,
+    TILE,
+    convert_strip,
+    lse_place,
+    pack_tile,
+    put_back,
+    row_token,
+)
 from .terms import (
     add_terms,
     cap_scores,
@@ -62,7 +71,6 @@ from .vector import (
     round_row,
     row_dots,
     select,
-    write_rows,
 )
 
 STEP = np.int64(1)
@@ -173,11 +181,10 @@ def prepare_tile(job, b, h, t, unit, operand):
     rows = min(np.int64(load(job.q.lengths + 4 * b, np.int32(0))), job.n) - t * TILE
     for r in range(TILE):
         shifts[r], means[r] = math.inf, 0
-        if r < rows:
-            place = ((b * job.heads + h) * job.n + t * TILE + r) * job.size
-            lse = load(job.lse + place, unit)
-            if lse != -math.inf:
-                shifts[r], means[r] = lse, load(job.delta + place, unit)
+        token = row_token(job.q, b, h, t * TILE + r, unit) if r < rows else NO_TOKEN
+        if token >= 0:
+            place = lse_place(job.q, b, h, token, unit)
+            shifts[r], means[r] = load(place, unit), load(job.delta + place - job.q.lse, unit)
 
 
 @part
@@ -186,26 +193,23 @@ def finish_tile(job, b, h, t, scratch, unit):
     size, one = job.size, rounded(1.0, unit)
     scale = load(job.q.scale + h * size, unit)
     tile = (b * job.heads + h) * job.row_tiles + t
-    first = (b * job.heads + h) * job.n + t * TILE
     rows = min(TILE, job.n - t * TILE)
     live = min(rows, np.int64(load(job.q.lengths + 4 * b, np.int32(0))) - t * TILE)
     sums, q = job.dq_sums + tile * TILE * job.d_padded * size, scratch + job.back.dk
     products, factors = scratch + job.back.row, scratch + job.back.kept
     dscale = 0.0
     if live > 0:
-        convert_rows(job.q.at + b * job.q.b + h * job.q.h + t * TILE * job.q.n, job.q.n, job.q.d,
-                     job.q.kind, live, job.d, job.d_padded, one, q, job.d_padded, unit, unit)
+        convert_strip(job.q, b, h, t, 0, job.d, job.d_padded, one, q, job.d_padded, unit, unit)
         row_dots(sums, q, job.d_padded, live, job.d_padded, products, unit)
     for r in range(rows):
-        alive = r < live and load(job.lse + (first + r) * size, unit) != -math.inf
+        alive = r < live and row_token(job.q, b, h, t * TILE + r, unit) >= 0
         if alive:
             product = load(products + r * size, unit)
             # a row that sees no key may hold anything, and its lse may be a sink
             if product - product == 0 or any_number(sums + r * job.d_padded * size, job.d, unit):
                 dscale += np.float64(product)
         store(factors + r * size, scale if alive else unit - unit)
-    write_rows(sums, job.d_padded, rows, job.d, factors, job.dq + first * job.d * job.dq_size,
-               job.d * job.dq_size, job.dq_kind, unit)
+    put_back(job.dq, job.q, b, h, t * TILE, rows, sums, job.d_padded, job.d, factors, unit)
     store(job.dscale + tile * 8, dscale)
 
 
@@ -297,12 +301,8 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
                         round_row(row, TILE, row)
                 multiply(rows, job.d_padded, met, dscores, TILE * job.fold, 1, k_pairs,
                          job.d_padded * job.fold, dq, job.d_padded, 1, unit, operand)
-    key = (b * job.groups + g) * job.m + t * TILE
-    keys = min(TILE, job.m - t * TILE)
-    write_tile(job, keys, key, dk, job.d, job.d_padded, job.dk_sums, job.dk, job.dk_size,
-               job.dk_kind, unit)
-    write_tile(job, keys, key, dv, job.e, job.e_padded, job.dv_sums, job.dv, job.dv_size,
-               job.dv_kind, unit)
+    write_tile(job, job.k, b, g, t, dk, job.d, job.d_padded, job.dk_sums, job.dk, unit)
+    write_tile(job, job.v, b, g, t, dv, job.e, job.e_padded, job.dv_sums, job.dv, unit)
 
 
 @part
@@ -322,20 +322,21 @@ def add_transposed(job, depth, met, tile, source, padded, target, scratch, unit,
 
 
 @part
-def write_tile(job, keys, key, tile, width, padded, sums, into, into_size, kind, unit):
+def write_tile(job, pack, b, g, t, tile, width, padded, sums, result, unit):
     """Write a tile of dk or dv, or until the last phase add it to what earlier phases left."""
+    keys, in_place = min(TILE, job.m - t * TILE), sums == result.at
+    first = (b * job.groups + g) * job.m + t * TILE
     if job.chunks > 1:
         for r in range(keys):
             new = numbers(tile + r * padded * job.size, width, unit)
-            kept = numbers(sums + (key + r) * width * job.size, width, unit)
-            if job.phase > 0:
+            kept = numbers(sums + (first + r) * width * job.size, width, unit)
+            if job.phase > 0 or (in_place and result.onto):
                 for x in range(width):
                     new[x] += kept[x]
             for x in range(width):
                 kept[x] = new[x]
-    if job.phase == job.chunks - 1:
-        write_rows(tile, padded, keys, width, NOWHERE, into + key * width * into_size,
-                   width * into_size, kind, unit)
+    if job.phase == job.chunks - 1 and not in_place:
+        put_back(result, pack, b, g, t * TILE, keys, tile, padded, width, NOWHERE, unit)
 
 
 @part

@@ -30,7 +30,7 @@ from .masking import (
     next_tiles,
     runs_of,
 )
-from .packing import NOWHERE, TILE, pack_tile
+from .packing import NOWHERE, TILE, pack_tile, put_back, token_at
 from .terms import add_terms, cap_scores, clear, dropout_row, term_row
 from .vector import (
     enter_tiles,
@@ -40,7 +40,6 @@ from .vector import (
     round_row,
     scale_rows,
     weigh,
-    write_rows,
 )
 
 STEP = np.int64(1)
@@ -97,6 +96,10 @@ def attend(job, b, h, t, k_at, v_at, notes, strange_group, scratch, unit, operan
     tops, sums = scratch + job.ahead.tops, scratch + job.ahead.sums
     words, names = scratch + job.ahead.words, scratch + job.ahead.names
     gates = scratch + job.ahead.gates if job.gate.at else NOWHERE
+    layout = load(job.layout + 4 * (b * job.heads + h), np.int32(0))
+    run, stop = runs_of(job.rows, layout, t)
+    if job.out.onto and run == stop:
+        return
     numbers(acc, TILE * job.e_padded, unit)[:] = 0
     numbers(tops, TILE, unit)[:] = -math.inf
     numbers(sums, TILE * lane, unit)[:] = 0
@@ -105,8 +108,6 @@ def attend(job, b, h, t, k_at, v_at, notes, strange_group, scratch, unit, operan
     key_tiles = -(-keys // TILE) if rows > 0 else 0
     if rows > 0:
         pack_tile(job.q, b, h, t, q, NOWHERE, NOWHERE, unit, operand)
-    layout = load(job.layout + 4 * (b * job.heads + h), np.int32(0))
-    run, stop = runs_of(job.rows, layout, t)
     step = np.int64(0)
     changed = job.softcap > 0 or job.bias.at or job.offsets or job.gate.at
     while True:
@@ -178,10 +179,10 @@ def change_row(job, b, h, i, j, tiles, count, scores, words, gates, buffer, unit
 
 @part
 def finish(job, b, h, t, rows, tops, sums, acc, shares, unit):
-    """Divide by the sums, let the sink join them, and write out and lse."""
+    """Divide by the sums, let the sink and what was found before join them, write out and lse."""
     size = job.size
     count = min(TILE, job.n - t * TILE)
-    first = (b * job.heads + h) * job.n + t * TILE
+    b_own = b // job.q.items
     lane_sums(sums, count, shares, unit)
     for r in range(count):
         top, total = load(tops + r * size, unit), load(shares + r * size, unit)
@@ -193,12 +194,43 @@ def finish(job, b, h, t, rows, tops, sums, acc, shares, unit):
             numbers(acc + r * job.e_padded * size, job.e_padded, unit)[:] = 0
         if job.sinks:
             sink = load(job.sinks + h * size, unit)
-            highest = max(lse, sink)
-            joint = highest + math.log(math.exp(lse - highest) + math.exp(sink - highest))
-            joint = sink if lse == -math.inf else joint
-            share *= math.exp(lse - joint) if share != 0 else unit - unit
+            joint = log_sum(lse, sink)
+            share *= share_of(lse, joint, unit)
             lse = joint
-        store(job.lse + (first + r) * size, lse)
+        token = token_at(job.q, b, h, t * TILE + r)
+        if token >= 0:
+            place = job.lse + b_own * job.lse_b + h * job.lse_h + token * size
+            if job.out.onto:
+                before = load(place, unit)
+                joint = log_sum(lse, before)
+                # what was found before stands in the memory of out, to which this is added
+                scale_row(job.out.at + b_own * job.out.b + h * job.out.h + token * job.out.n,
+                          job.e, share_of(before, joint, unit), unit)
+                share *= share_of(lse, joint, unit)
+                lse = joint
+            store(place, lse)
         store(shares + r * size, share)
-    write_rows(acc, job.e_padded, count, job.e, shares, job.out + first * job.e * job.given_size,
-               job.e * job.given_size, job.given, unit)
+    put_back(job.out, job.q, b, h, t * TILE, count, acc, job.e_padded, job.e, shares, unit)
+
+
+@part
+def log_sum(x, y):
+    """Return log(exp(x) + exp(y))."""
+    most = max(x, y)
+    if most == -math.inf:
+        return most
+    return most + math.log(math.exp(x - most) + math.exp(y - most))
+
+
+@part
+def share_of(lse, joint, unit):
+    """Return exp(lse - joint), 0 for an lse of -inf."""
+    return unit - unit if lse == -math.inf else rounded(math.exp(lse - joint), unit)
+
+
+@part
+def scale_row(place, width, factor, unit):
+    """Multiply a row by a factor."""
+    row = numbers(place, width, unit)
+    for x in range(width):
+        row[x] *= factor

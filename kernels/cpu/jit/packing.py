@@ -1,9 +1,10 @@
-"""Packing: tiles of 64 rows copied to where the micro-kernels want them.
+"""Packing: tiles of 64 rows copied to where the micro-kernels want them, and results back.
 
 Any strides become contiguous rows, padded with zeros to whole vectors, and where a product needs it
 the transpose of each tile. Rows that nobody may read (padding, rows that see no key) become zeros,
-so whatever they held is gone. Each tile notes whether a number in it is not finite: masked weights
-are zeros, and 0 * NaN must not happen.
+so whatever they held is gone. Rows may be tokens from anywhere, as an index lists them; what is
+computed of them goes back there. Each tile notes whether a number in it is not finite: masked
+weights are zeros, and 0 * NaN must not happen.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..compile import kernel, part
-from .access import fetch_add, load, pack_at, rounded, store
-from .vector import convert_rows, pair_rows, transpose
+from .access import fetch_add, load, numbers, pack_at, rounded, store
+from .vector import convert_rows, pair_rows, transpose, write_rows
 
 TILE = np.int64(64)
 NOWHERE = np.int64(0)
+NO_TOKEN, ONE_TOKEN = np.int64(-1), np.int64(1)
 AT_ONCE = np.int64(4)
 """A thread takes so many tiles at a time, some two microseconds."""
 
@@ -99,29 +101,88 @@ def pack_tile(pack, b, h, t, rows, columns, pairs, unit, operand):
 def convert_strip(pack, b, h, t, x, count, wide, scale, target, across, unit, operand):
     """Copy `count` numbers from `x` on of a tile's rows, and zeros up to `wide` numbers.
 
-    Neighbouring rows go together as long as they are all to be read, or all to be zeros.
+    Rows go together as long as their tokens are evenly spaced, or all of them are to be zeros.
     """
     size = size_of(operand)
     strange = np.int64(0)
-    source = pack.at + b * pack.b + h * pack.h + t * TILE * pack.n + x * pack.d
+    source = pack.at + b // pack.items * pack.b + h * pack.h + x * pack.d
     start = np.int64(0)
-    taken = row_counts(pack, b, h, t * TILE, unit)
-    for r in range(1, TILE + 1):
-        next_taken = r < TILE and row_counts(pack, b, h, t * TILE + r, unit)
-        if r == TILE or next_taken != taken:
-            strange |= convert_rows(source + start * pack.n, pack.n, pack.d, pack.kind, r - start,
-                                    count if taken else 0, wide, scale,
-                                    target + start * across * size, across, unit, operand)
-            start, taken = r, next_taken
+    while start < TILE:
+        first = row_token(pack, b, h, t * TILE + start, unit)
+        step, stop = even_run(pack, b, h, t, start, first, unit)
+        strange |= convert_rows(source + max(first, 0) * pack.n, step * pack.n, pack.d, pack.kind,
+                                stop - start, count if first >= 0 else 0, wide, scale,
+                                target + start * across * size, across, unit, operand)
+        start = stop
     return strange != 0
 
 
 @part
-def row_counts(pack, b, h, i, unit):
-    """Return whether row `i` is to be read: within the length, and of an lse that is not -inf."""
+def even_run(pack, b, h, t, start, first, unit):
+    """Return how far apart tokens lie from row `start` on, and up to which row all do."""
+    if not pack.index and not pack.lse:
+        end = min(load(pack.lengths + 4 * b, np.int32(0)), pack.length) - t * TILE
+        return ONE_TOKEN, min(TILE, end) if first >= 0 else TILE
+    step, stop = ONE_TOKEN, start + 1
+    if first < 0:
+        while stop < TILE and row_token(pack, b, h, t * TILE + stop, unit) < 0:
+            stop += 1
+        return step, stop
+    token = row_token(pack, b, h, t * TILE + stop, unit) if stop < TILE else NO_TOKEN
+    step = token - first
+    while token >= 0 and token == first + step * (stop - start):
+        stop += 1
+        token = row_token(pack, b, h, t * TILE + stop, unit) if stop < TILE else NO_TOKEN
+    return step, stop
+
+
+@part
+def row_token(pack, b, h, i, unit):
+    """Return which token row `i` is; -1 if it is beyond the length, or of an lse of -inf."""
     if i >= min(load(pack.lengths + 4 * b, np.int32(0)), pack.length):
-        return False
-    if not pack.lse:
-        return True
-    place = pack.lse + ((b * pack.heads + h) * pack.length + i) * size_of(unit)
-    return load(place, unit) != -math.inf
+        return NO_TOKEN
+    token = token_at(pack, b, h, i)
+    if pack.lse and token >= 0 and load(lse_place(pack, b, h, token, unit), unit) == -math.inf:
+        return NO_TOKEN
+    return token
+
+
+@part
+def lse_place(pack, b, h, token, unit):
+    """Return where the lse of a token is."""
+    return pack.lse + ((b // pack.items * pack.heads + h) * pack.tokens + token) * size_of(unit)
+
+
+@part
+def token_at(pack, b, h, i):
+    """Return which token stands at `i`; -1 if none does."""
+    if not pack.index:
+        return i
+    return np.int64(load(pack.index + b * pack.index_b + h * pack.index_h + 4 * i, np.int32(0)))
+
+
+@part
+def put_back(result, pack, b, h, i, count, rows, padded, width, factors, unit):
+    """Write `count` rows, each times its factor, to the tokens that stand from `i` on in `pack`."""
+    size = size_of(unit)
+    base = result.at + b // pack.items * result.b + h * result.h
+    start = np.int64(0)
+    while start < count:
+        token, stop = token_at(pack, b, h, i + start), start + 1
+        if not pack.index:
+            stop = count
+        while (token >= 0 and stop < count
+               and token_at(pack, b, h, i + stop) == token + stop - start):
+            stop += 1
+        own = factors + start * size if factors else NOWHERE
+        if token >= 0 and result.onto:
+            for r in range(start, stop):
+                kept = numbers(base + (token + r - start) * result.n, width, unit)
+                new = numbers(rows + r * padded * size, width, unit)
+                factor = load(factors + r * size, unit) if factors else rounded(1.0, unit)
+                for x in range(width):
+                    kept[x] += factor * new[x]
+        elif token >= 0:
+            write_rows(rows + start * padded * size, padded, stop - start, width, own,
+                       base + token * result.n, result.n, result.kind, unit)
+        start = stop
