@@ -509,6 +509,147 @@ def test_global_lse_makes_partials_add_up():
                                    atol=1e-4, err_msg=name)
 
 
+# Tokens that an index lists
+
+
+class Listing(NamedTuple):
+    """A call's tokens in other places: item b of the call takes those of source ``b // items``."""
+
+    problem: Problem
+    dout: np.ndarray
+    dlse: np.ndarray
+    q_index: np.ndarray
+    k_index: np.ndarray
+    items: int
+
+    def gathered(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Take tokens of (sources, heads, T, ...) as the index has them; 0 where it has none."""
+        item, head, _ = np.indices((len(index), x.shape[1], index.shape[2]), sparse=True)
+        place = np.broadcast_to(index, (len(index), x.shape[1], index.shape[2]))
+        found = x[item // self.items, head, np.maximum(place, 0)]
+        found[place < 0] = 0
+        return found
+
+
+def listing(c: SimpleNamespace, *, items: int, by_head: bool) -> Listing:
+    """Scatter a call's tokens; some slots are empty, all other tokens are NaN."""
+    rng, p = np.random.default_rng(5), c.problem
+    sources = len(p.q) // items
+
+    def index_of(heads: int, slots: int) -> np.ndarray:
+        tokens = items * slots + 7
+        index = np.stack([rng.permutation(tokens)[:items * slots].reshape(items, slots)
+                          for _ in range(sources * (heads if by_head else 1))])
+        index = index.reshape(sources, -1, items, slots).swapaxes(1, 2)
+        index = index.reshape(sources * items, -1, slots).astype(np.int32)
+        index[:, :, 2:slots:9] = -1
+        # neighbours, and some that are evenly spaced, are copied together
+        index[..., slots // 2:] = np.sort(index[..., slots // 2:])
+        return index
+
+    def scattered(x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        heads, slots = x.shape[1:3]
+        found = np.full((sources, heads, items * slots + 7, *x.shape[3:]), np.nan, x.dtype)
+        for b, h in np.ndindex(*x.shape[:2]):
+            place = index[b, h if by_head else 0]
+            x[b, h, place < 0] = 0
+            found[b // items, h, place[place >= 0]] = x[b, h, place >= 0]
+        return found
+
+    q_index, k_index = (index_of(x.shape[1], x.shape[2]) for x in (p.q, p.k))
+    q, dout, dlse = (scattered(x, q_index) for x in (p.q, c.dout, c.dlse))
+    k, v = (scattered(x, k_index) for x in (p.k, p.v))
+    problem = replaced(c, q=q, k=k, v=v, q_index=q_index, k_index=k_index)
+    return Listing(problem, dout, dlse, q_index, k_index, items)
+
+
+LISTED = {
+    "small items": ({"b": 6, "n": 40, "m": 40}, 3),
+    "small items with terms": ({"b": 6, "n": 40, "m": 70, "terms": EVERY_TERM}, 3),
+    "ragged": ({"b": 6, "n": 70, "m": 40, "lengths": True, "lead": "bh"}, 2),
+    "one large item": ({"b": 1, "h": 2, "g": 1, "n": 530, "m": 590, "density": 0.8}, 1),
+    "single keys": ({"b": 4, "n": 65, "m": 1}, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_head", [False, True], ids=["shared", "by head"])
+@pytest.mark.parametrize("name", LISTED)
+def test_listed_tokens_give_what_gathered_ones_do(name, by_head, dtype):
+    options, items = LISTED[name]
+    c = call(dtype=dtype, **options)
+    found = listing(c, items=items, by_head=by_head)
+    lists = {"q": found.q_index, "k": found.k_index, "v": found.k_index, "out": found.q_index,
+             "lse": found.q_index, "delta": found.q_index}
+    right = run(c)
+    for threads in (1, 2):
+        set_num_threads(threads)
+        got = run(SimpleNamespace(problem=found.problem, dout=found.dout, dlse=found.dlse))
+        for key, x in got.items():
+            if key in lists:
+                listed = np.zeros(x.shape[:3], bool)
+                ones = np.ones(x.shape[:3])
+                kept = found.gathered(ones, lists[key]) > 0
+                x, y = found.gathered(x, lists[key])[kept], right[key][kept]
+                for b, h in np.ndindex(*kept.shape[:2]):
+                    place = lists[key][b, h if by_head else 0]
+                    listed[b // items, h, place[place >= 0]] = True
+                nowhere = -np.inf if key == "lse" else 0
+                assert (got[key][~listed] == nowhere).all(), key
+            else:
+                y = right[key]
+            np.testing.assert_array_equal(x, y, err_msg=key)
+
+
+def test_the_judge_of_listed_tokens_notices():
+    c = call(b=6, n=40, m=40)
+    found = listing(c, items=3, by_head=False)
+    found.problem.k_index[0, 0, [0, 1]] = found.problem.k_index[0, 0, [1, 0]]
+    out, _ = softmax.forward(found.problem)
+    kept = found.gathered(np.ones(out.shape[:3]), found.q_index) > 0
+    assert (found.gathered(out, found.q_index)[kept] != run(c)["out"][kept]).any()
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("listed", [False, True], ids=["in place", "listed"])
+@pytest.mark.parametrize("name", ["small items", "one large item", "ragged"])
+def test_results_on_top_of_others(name, listed, dtype):
+    options, items = LISTED[name]
+    c = call(dtype=dtype, **options)
+    p, dout, dlse = c.problem, c.dout, c.dlse
+    if listed:
+        p, dout, dlse, *_ = listing(c, items=items, by_head=False)
+        dout, dlse = np.nan_to_num(dout), np.nan_to_num(dlse)
+    p = Problem(**vars(p) | {"summed": ("out", "q", "k", "v")})
+    out, lse = softmax.forward(p)
+    delta = softmax.delta(dout, out.astype(dout.dtype), lse, dlse)
+    grads = softmax.backward(p, dout, lse, delta)
+
+    rng = np.random.default_rng(3)
+    # views of larger arrays, as where only some heads have such a part
+    wider = [(len(x), x.shape[1] + 2, *x.shape[2:]) for x in (out, lse)]
+    out_before, lse_before = (rng.standard_normal(shape).astype(c.acc) for shape in wider)
+    lse_before[:, 1, ::2] = -np.inf
+    out_before[:, 1, ::2] = 0
+    onto = out_before.copy()[:, 1:-1], lse_before.copy()[:, 1:-1]
+    assert softmax.forward(p, onto) == onto
+    before = lse_before[:, 1:-1].astype(np.float64)
+    joint = np.logaddexp(lse.astype(np.float64), before)
+    with np.errstate(invalid="ignore"):
+        shares = [np.nan_to_num(np.exp(x - joint))[..., None] for x in (lse, before)]
+    tolerance = 1e-12 if c.acc == np.float64 else 1e-5
+    np.testing.assert_allclose(onto[1], joint, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(onto[0], shares[0] * out + shares[1] * out_before[:, 1:-1],
+                               rtol=tolerance, atol=tolerance)
+
+    base = {name: rng.standard_normal(grads[name].shape).astype(c.acc) for name in ("q", "k", "v")}
+    found = softmax.backward(p, dout, lse, delta, {name: x.copy() for name, x in base.items()})
+    for name in ("q", "k", "v"):
+        np.testing.assert_allclose(found[name], base[name] + grads[name], rtol=tolerance,
+                                   atol=10 * tolerance, err_msg=name)
+    np.testing.assert_array_equal(found["scale"], grads["scale"])
+
+
 # NaN and infinity
 
 

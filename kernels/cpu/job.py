@@ -257,7 +257,7 @@ def forward_scratch(g: Geometry, chunk: int, *, gated: bool, per_group: bool = F
         TILE * g.lanes * size, TILE * size, keys * g.d_depth, keys * g.e_padded, part))
 
 
-def backward_scratch(g: Geometry) -> tuple[tuple[int, ...], int]:
+def backward_scratch(g: Geometry, packed: int) -> tuple[tuple[int, ...], int]:
     """Lay out what a thread needs for a backward: where each section starts, and all bytes."""
     size, each = g.dtype.itemsize, g.operand.itemsize
     square, pairs = TILE * TILE * size, g.fold > 1
@@ -265,7 +265,7 @@ def backward_scratch(g: Geometry) -> tuple[tuple[int, ...], int]:
     return sections((
         keys * each, keys * each, keys * each * pairs, TILE * g.e_padded * each, keys * size,
         TILE * g.e_padded * size, square, square, square, square, TILE * TILE * each * pairs,
-        8 * TILE, 8, TILE * size, TILE * size))
+        8 * TILE, 8, TILE * size, TILE * size, packed))
 
 
 @functools.lru_cache(maxsize=256)

@@ -45,7 +45,7 @@ FORWARD_SCRATCH = _record("q acc scores gates row words names tops sums decays k
                           "part")
 
 BACKWARD_SCRATCH = _record("k_rows k_columns k_pairs v_columns dk dv weights dscores slopes dgates "
-                           "operand words names row kept")
+                           "operand words names row kept packed")
 
 JOB = np.dtype([
     *_record("size operand fold lanes "     # bytes of a number and of an operand, operands that
@@ -70,7 +70,7 @@ JOB = np.dtype([
     ("dbias", GRADIENT), ("dgate", GRADIENT),
     *_record("doffsets doffsets_unit doffsets_h doffsets_rows").descr,
     # pieces: int64 lists of (batch, group) pairs, and which slice of its owner a piece is
-    *_record("pairs piece_start piece_slice chunks short phase").descr,
+    *_record("pairs piece_start piece_slice chunks short per_pair phase").descr,
     ("back", BACKWARD_SCRATCH),
 ])
 

@@ -7,6 +7,7 @@ would change, so it does meet the values behind.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from .job import (
     forward_scratch,
     geometry_of,
     kind_of,
+    sections,
 )
 from .memory import CACHE_LINE, address
 from .ownership import UNITS, Pieces, TableGradient, TermGradient
@@ -33,6 +35,9 @@ INDEXED = True
 
 GROUP_BYTES = 2**18
 """Packed keys and values of a group that fit in the cache beside the queries."""
+
+PAIR_BYTES = 2**21
+"""What is packed of a group's queries for the backward, if it is to stay in the cache."""
 
 DELTA_FLOPS = 128.0
 """How many operations of a product take as long as a number of `delta`, which waits for memory."""
@@ -159,9 +164,7 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
              onto: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """Return the gradients by argument; lse and delta (B, H, N) are those of the merged result."""
     p, g = problem, geometry_of(problem)
-    starts, scratch = backward_scratch(g)
     job = Job(p, g, g.record)
-    job.put("back", *starts)
     lse_at = job.hold(lse)
     job.describe("q", p.q, job.q_index, job.q_lengths, job.scale, lse_at)
     job.describe("dout", dout, job.q_index, job.q_lengths, 0, lse_at)
@@ -176,7 +179,7 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
         table = TableGradient(p.offsets.shape, g.groups)
         labels.append(table.labels(g.batch))
         copy_bytes += table.nbytes(fewer_tiles)
-    pieces = divide(g.batch * g.groups, labels, fewer_tiles, copy_bytes)
+    pieces = divide(g, len(p.q), labels, fewer_tiles, copy_bytes)
     for name, term in terms.items():
         job.put(f"d{name}", *term.allocate(pieces, g.batch, g.heads, g.dtype))
     if table is not None:
@@ -190,20 +193,31 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
              for name, x in (("q", p.q), ("k", p.k), ("v", p.v))} if onto is None else dict(onto)
     for name, x in found.items():
         job.describe_result(f"d{name}", x, onto is not None)
+    size, pairs = g.dtype.itemsize, g.fold > 1
+    packed = g.row_tiles * TILE * (g.operand.itemsize * (1 + pairs) + size) * (
+        g.d_padded + g.e_padded) * g.heads // max(1, g.groups)
+    per_pair = pieces.chunks == 1 and packed <= PAIR_BYTES
     tiles = g.batch * g.heads * g.row_tiles
-    rows, size, pairs = tiles * TILE, g.dtype.itemsize, g.fold > 1
+    rows = tiles * TILE // (max(1, g.batch * g.groups) if per_pair else 1)
     q, dout_rows = (rows * width * g.operand.itemsize for width in (g.d_padded, g.e_padded))
     columns = g.batch * g.groups * g.m * size * (pieces.chunks > 1)
     sums = {"q": rows * g.d_padded * size, "k": columns * g.d, "v": columns * g.e}
     # sums that are laid out as their result is are made in its place; those of q are scaled later
     in_place = [name for name, x in found.items()
                 if x.nbytes == sums[name] and x.dtype == g.dtype and x.flags.c_contiguous
-                and indices[name] is None and (onto is None or name != "q")]
-    at = job.workspace(
-        q=q, q_pairs=q * pairs, q_notes=tiles, dout=dout_rows, dout_pairs=dout_rows * pairs,
-        dout_notes=tiles, shifts=rows * size, means=rows * size,
-        **{f"d{name}": 0 if name in in_place else nbytes for name, nbytes in sums.items()})
+                and indices[name] is None
+                and (name != "q" or (not per_pair and onto is None))]
+    sizes = {
+        "q": q, "q_pairs": q * pairs, "q_notes": rows // TILE, "dout": dout_rows,
+        "dout_pairs": dout_rows * pairs, "dout_notes": rows // TILE, "shifts": rows * size,
+        "means": rows * size,
+        **{f"d{name}": 0 if name in in_place else nbytes for name, nbytes in sums.items()}}
+    starts, total = sections(tuple(sizes.values()))
+    at = dict(zip(sizes, starts, strict=True)) if per_pair else job.workspace(**sizes)
     at |= {f"d{name}": address(found[name]) for name in in_place}
+    starts, scratch = backward_scratch(g, total if per_pair else 0)
+    job.put("back", *starts)
+    job.put("per_pair", per_pair)
     dscale = np.zeros((g.batch, g.heads, g.row_tiles))
     for name in ("q", "dout"):
         job.put(f"{name}.rows", at[name], 0, at[f"{name}_pairs"], at[f"{name}_notes"])
@@ -230,14 +244,20 @@ def run_phases(job: Job, pieces: Pieces, tiles: int, scratch: int) -> None:
         job.run("backward.finish", tiles, scratch, job.flops)
 
 
-def divide(pairs: int, labels: list[np.ndarray], tiles: int, copy_bytes: int) -> Pieces:
+def divide(g: Geometry, sources: int, labels: list[np.ndarray], tiles: int,
+           copy_bytes: int) -> Pieces:
     """Divide (batch, group) pairs among pieces of work."""
-    return Pieces.of(pairs, labels, tiles, copy_bytes) if labels else _plainly(pairs, tiles)
+    if labels:
+        return Pieces.of(g.batch * g.groups, labels, tiles, copy_bytes)
+    return _plainly(g.batch, g.groups, sources, tiles)
 
 
 @functools.lru_cache(maxsize=256)
-def _plainly(pairs: int, tiles: int) -> Pieces:
-    return Pieces.of(pairs, [], tiles, 0)
+def _plainly(batch: int, groups: int, sources: int, tiles: int) -> Pieces:
+    pieces = Pieces.of(batch * groups, [], tiles, 0)
+    # items of one source in turn, as their tokens lie side by side
+    order = pieces.pairs.reshape(sources, -1, groups).swapaxes(1, 2) if batch else pieces.pairs
+    return dataclasses.replace(pieces, pairs=np.ascontiguousarray(order).ravel())
 
 
 def weights(problem: Any, lse: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ a square of chunks of keys and chunks of queries, done a diagonal at a time:
           2     2 3 0 1        many threads there are.
           3     1 2 3 0
 
-Where there are groups enough there is one chunk, and the whole backward is one phase.
+Where there are groups enough there is one chunk, and the whole backward is one phase. If moreover
+they are small, what is packed of a group's queries never leaves the cache (`job.per_pair`).
 
 A bias or gate that is broadcast ties (batch, group) pairs together: those that add to the same
 numbers belong to one `piece`, which takes them in order, or have copies of them to add to. Each
@@ -73,7 +74,7 @@ from .vector import (
     select,
 )
 
-STEP = np.int64(1)
+STEP, NOTHING = np.int64(1), np.int64(0)
 
 
 @kernel
@@ -84,7 +85,7 @@ def prepare(place, queue, units, scratch, unit, operand):
     while task < units:
         head, t = divmod(task, job.row_tiles)
         b, h = divmod(head, job.heads)
-        prepare_tile(job, b, h, t, unit, operand)
+        prepare_tile(job, b, h, t, NOWHERE, NOTHING, unit, operand)
         task = fetch_add(queue, STEP)
 
 
@@ -105,18 +106,22 @@ def backward(place, queue, units, scratch, unit, operand):
         for pair in range(load(job.piece_start + 8 * piece, np.int64(0)),
                           load(job.piece_start + 8 * piece + 8, np.int64(0))):
             b, g = divmod(load(job.pairs + 8 * pair, np.int64(0)), job.groups)
+            space, first = NOWHERE, NOTHING
+            if job.per_pair:
+                space = scratch + job.back.packed
+                first = (b * job.heads + g * shared) * job.row_tiles
             if job.chunks == 1:
                 for block in range(shared * job.row_tiles):
                     h, t = g * shared + block // job.row_tiles, block % job.row_tiles
-                    prepare_tile(job, b, h, t, unit, operand)
+                    prepare_tile(job, b, h, t, space, first, unit, operand)
             for t in range(chunk * job.key_tiles // job.chunks,
                            (chunk + 1) * job.key_tiles // job.chunks):
-                column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, unit,
-                       operand)
+                column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first,
+                       scratch, unit, operand)
             if job.chunks == 1:
                 for block in range(shared * job.row_tiles):
                     h, t = g * shared + block // job.row_tiles, block % job.row_tiles
-                    finish_tile(job, b, h, t, scratch, unit)
+                    finish_tile(job, b, h, t, space, first, scratch, unit)
         task = fetch_add(queue, STEP)
     leave_tiles(unit, operand)
 
@@ -129,7 +134,7 @@ def finish(place, queue, units, scratch, unit, operand):
     while task < units:
         head, t = divmod(task, job.row_tiles)
         b, h = divmod(head, job.heads)
-        finish_tile(job, b, h, t, scratch, unit)
+        finish_tile(job, b, h, t, NOWHERE, NOTHING, scratch, unit)
         task = fetch_add(queue, STEP)
 
 
@@ -164,20 +169,25 @@ def delta(place, queue, units, scratch, unit, operand):
 
 
 @part
-def prepare_tile(job, b, h, t, unit, operand):
-    """Pack a block of queries; rows that see no key get a shift that makes their weights 0."""
-    tile = (b * job.heads + h) * job.row_tiles + t
-    q, dout = tile * TILE * job.d_padded, tile * TILE * job.e_padded
+def prepare_tile(job, b, h, t, space, first, unit, operand):
+    """Pack a block of queries; rows that see no key get a shift that makes their weights 0.
+
+    Packed tiles lie in `space`, the one with number `first` at its beginning.
+    """
+    tile = (b * job.heads + h) * job.row_tiles + t - first
+    q = space + tile * TILE * job.d_padded * job.operand
+    dout = space + tile * TILE * job.e_padded * job.operand
     pairs = job.fold > 1
-    note = pack_tile(job.q, b, h, t, job.q.rows + q * job.operand, NOWHERE,
-                     job.q.pairs + q * job.operand if pairs else NOWHERE, unit, operand)
-    store(job.q.notes + tile, np.uint8(note))
-    note = pack_tile(job.dout, b, h, t, job.dout.rows + dout * job.operand, NOWHERE,
-                     job.dout.pairs + dout * job.operand if pairs else NOWHERE, unit, operand)
-    store(job.dout.notes + tile, np.uint8(note))
-    numbers(job.dq_sums + q * job.size, TILE * job.d_padded, unit)[:] = 0
-    shifts = numbers(job.shifts + tile * TILE * job.size, TILE, unit)
-    means = numbers(job.means + tile * TILE * job.size, TILE, unit)
+    note = pack_tile(job.q, b, h, t, job.q.rows + q, NOWHERE,
+                     job.q.pairs + q if pairs else NOWHERE, unit, operand)
+    store(space + job.q.notes + tile, np.uint8(note))
+    note = pack_tile(job.dout, b, h, t, job.dout.rows + dout, NOWHERE,
+                     job.dout.pairs + dout if pairs else NOWHERE, unit, operand)
+    store(space + job.dout.notes + tile, np.uint8(note))
+    sums = space + job.dq_sums + tile * TILE * job.d_padded * job.size
+    numbers(sums, TILE * job.d_padded, unit)[:] = 0
+    row = space + tile * TILE * job.size
+    shifts, means = numbers(job.shifts + row, TILE, unit), numbers(job.means + row, TILE, unit)
     rows = min(np.int64(load(job.q.lengths + 4 * b, np.int32(0))), job.n) - t * TILE
     for r in range(TILE):
         shifts[r], means[r] = math.inf, 0
@@ -188,14 +198,15 @@ def prepare_tile(job, b, h, t, unit, operand):
 
 
 @part
-def finish_tile(job, b, h, t, scratch, unit):
+def finish_tile(job, b, h, t, space, first, scratch, unit):
     """Write a block's dq, and the sum of dscore * (q.k) = q.dq before dq is scaled."""
     size, one = job.size, rounded(1.0, unit)
     scale = load(job.q.scale + h * size, unit)
     tile = (b * job.heads + h) * job.row_tiles + t
     rows = min(TILE, job.n - t * TILE)
     live = min(rows, np.int64(load(job.q.lengths + 4 * b, np.int32(0))) - t * TILE)
-    sums, q = job.dq_sums + tile * TILE * job.d_padded * size, scratch + job.back.dk
+    sums = space + job.dq_sums + (tile - first) * TILE * job.d_padded * size
+    q = scratch + job.back.dk
     products, factors = scratch + job.back.row, scratch + job.back.kept
     dscale = 0.0
     if live > 0:
@@ -223,7 +234,8 @@ def any_number(place, count, unit):
 
 
 @part
-def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, unit, operand):
+def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first, scratch, unit,
+           operand):
     """Let a tile of keys meet the query tiles `rows_first` to `rows_last`."""
     size, each, shared = job.size, job.operand, job.heads // job.groups
     k_rows, k_columns = scratch + job.back.k_rows, scratch + job.back.k_columns
@@ -255,11 +267,12 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
                 pack_tile(job.v, b, g, t, NOWHERE, v_columns, NOWHERE, unit, operand)
                 packed = True
             rows = min(TILE, queries - tile * TILE)
-            place = head * job.row_tiles + tile
-            at_q, at_dout = place * TILE * job.d_padded, place * TILE * job.e_padded
-            q, dout = job.q.rows + at_q * each, job.dout.rows + at_dout * each
-            q_pairs = job.q.pairs + at_q * each if job.fold > 1 else q
-            dout_pairs = job.dout.pairs + at_dout * each if job.fold > 1 else dout
+            place = head * job.row_tiles + tile - first
+            at_q = space + place * TILE * job.d_padded * each
+            at_dout = space + place * TILE * job.e_padded * each
+            q, dout = job.q.rows + at_q, job.dout.rows + at_dout
+            q_pairs = job.q.pairs + at_q if job.fold > 1 else q
+            dout_pairs = job.dout.pairs + at_dout if job.fold > 1 else dout
             # what lies beyond the last query or key are zeros that pairs of operands may need
             depth, met = (TILE, TILE) if job.fold > 1 else (rows, count)
             if job.short:
@@ -271,10 +284,11 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
                          weights, TILE, 0, unit, operand)
             multiply(depth, TILE, job.e_depth, dout, job.e_padded, 1, v_columns, TILE * job.fold,
                      dscores, TILE, 0, unit, operand)
-            masked = gradient_tile(job, b, h, tile, t, rows, depth, count,
+            row = space + place * TILE * size
+            masked = gradient_tile(job, b, h, tile, t, row, rows, depth, count,
                                    load(names, np.int64(0)), chunk, copy, table, scratch, unit)
-            dq = job.dq_sums + at_q * size
-            exact = masked and load(job.dout.notes + place, np.uint8(0)) != 0
+            dq = space + job.dq_sums + place * TILE * job.d_padded * size
+            exact = masked and load(space + job.dout.notes + place, np.uint8(0)) != 0
             if exact:
                 exact_product(job, rows, job.e, weights, TILE, words, 8, TRANSPOSED, dout_pairs, dv,
                               job.e_padded, unit, operand)
@@ -282,7 +296,7 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, scratch, uni
                 # dv += p^T dout
                 add_transposed(job, depth, met, weights, dout_pairs, job.e_padded, dv, scratch,
                                unit, operand)
-            exact = masked and load(job.q.notes + place, np.uint8(0)) != 0
+            exact = masked and load(space + job.q.notes + place, np.uint8(0)) != 0
             if exact:
                 exact_product(job, rows, job.d, dscores, TILE, words, 8, TRANSPOSED, q_pairs, dk,
                               job.d_padded, unit, operand)
@@ -340,16 +354,16 @@ def write_tile(job, pack, b, g, t, tile, width, padded, sums, result, unit):
 
 
 @part
-def gradient_tile(job, b, h, row_tile, key_tile, rows, depth, keys, name, chunk, copy, table,
+def gradient_tile(job, b, h, row_tile, key_tile, at, rows, depth, keys, name, chunk, copy, table,
                   scratch, unit):
     """Turn products into a tile's weights, as they meet v, and the gradients of its products q.k.
 
     They lie in scratch as `weights` and `dscores`, the rows' words as `words`. The gradients of the
-    terms are added to theirs. Return whether pairs may be masked, so that the words count.
+    terms are added to theirs. What belongs to rows lies at `at`. Return whether pairs may be
+    masked, so that the words count.
     """
     size = job.size
     i0, j0 = row_tile * TILE, key_tile * TILE
-    at = ((b * job.heads + h) * job.row_tiles + row_tile) * TILE * size
     weights, dscores = scratch + job.back.weights, scratch + job.back.dscores
     words = scratch + job.back.words
     buffer = numbers(scratch + job.back.row, TILE, unit)

@@ -55,7 +55,9 @@ def forward(place, queue, units, scratch, unit, operand):
     task = fetch_add(queue, STEP)
     while task < units:
         if job.per_group:
-            b, g = divmod(task, job.groups)
+            # items of one source in turn, as their tokens lie side by side
+            pair, item = divmod(task, job.q.items)
+            b, g = pair // job.groups * job.q.items + item, pair % job.groups
             keys, values = scratch + job.ahead.keys, scratch + job.ahead.values
             strange = pack_group(job, b, g, keys, values, unit, operand)
             for block in range(shared * job.row_tiles):

@@ -120,19 +120,21 @@ def convert_strip(pack, b, h, t, x, count, wide, scale, target, across, unit, op
 @part
 def even_run(pack, b, h, t, start, first, unit):
     """Return how far apart tokens lie from row `start` on, and up to which row all do."""
+    end = min(TILE, min(load(pack.lengths + 4 * b, np.int32(0)), pack.length) - t * TILE)
+    if start >= end:
+        return ONE_TOKEN, TILE
     if not pack.index and not pack.lse:
-        end = min(load(pack.lengths + 4 * b, np.int32(0)), pack.length) - t * TILE
-        return ONE_TOKEN, min(TILE, end) if first >= 0 else TILE
-    step, stop = ONE_TOKEN, start + 1
+        return ONE_TOKEN, end
+    stop = start + 1
     if first < 0:
-        while stop < TILE and row_token(pack, b, h, t * TILE + stop, unit) < 0:
+        while stop < end and token_to_read(pack, b, h, t * TILE + stop, unit) < 0:
             stop += 1
-        return step, stop
-    token = row_token(pack, b, h, t * TILE + stop, unit) if stop < TILE else NO_TOKEN
+        return ONE_TOKEN, stop
+    token = token_to_read(pack, b, h, t * TILE + stop, unit) if stop < end else NO_TOKEN
     step = token - first
     while token >= 0 and token == first + step * (stop - start):
         stop += 1
-        token = row_token(pack, b, h, t * TILE + stop, unit) if stop < TILE else NO_TOKEN
+        token = token_to_read(pack, b, h, t * TILE + stop, unit) if stop < end else NO_TOKEN
     return step, stop
 
 
@@ -141,6 +143,12 @@ def row_token(pack, b, h, i, unit):
     """Return which token row `i` is; -1 if it is beyond the length, or of an lse of -inf."""
     if i >= min(load(pack.lengths + 4 * b, np.int32(0)), pack.length):
         return NO_TOKEN
+    return token_to_read(pack, b, h, i, unit)
+
+
+@part
+def token_to_read(pack, b, h, i, unit):
+    """Return which token row `i`, within the length, is; -1 if of an lse of -inf."""
     token = token_at(pack, b, h, i)
     if pack.lse and token >= 0 and load(lse_place(pack, b, h, token, unit), unit) == -math.inf:
         return NO_TOKEN
@@ -168,21 +176,24 @@ def put_back(result, pack, b, h, i, count, rows, padded, width, factors, unit):
     base = result.at + b // pack.items * result.b + h * result.h
     start = np.int64(0)
     while start < count:
-        token, stop = token_at(pack, b, h, i + start), start + 1
+        token, step, stop = token_at(pack, b, h, i + start), ONE_TOKEN, start + 1
         if not pack.index:
             stop = count
-        while (token >= 0 and stop < count
-               and token_at(pack, b, h, i + stop) == token + stop - start):
-            stop += 1
+        elif token >= 0:
+            other = token_at(pack, b, h, i + stop) if stop < count else NO_TOKEN
+            step = other - token
+            while other >= 0 and other == token + step * (stop - start):
+                stop += 1
+                other = token_at(pack, b, h, i + stop) if stop < count else NO_TOKEN
         own = factors + start * size if factors else NOWHERE
         if token >= 0 and result.onto:
             for r in range(start, stop):
-                kept = numbers(base + (token + r - start) * result.n, width, unit)
+                kept = numbers(base + (token + step * (r - start)) * result.n, width, unit)
                 new = numbers(rows + r * padded * size, width, unit)
                 factor = load(factors + r * size, unit) if factors else rounded(1.0, unit)
                 for x in range(width):
                     kept[x] += factor * new[x]
         elif token >= 0:
             write_rows(rows + start * padded * size, padded, stop - start, width, own,
-                       base + token * result.n, result.n, result.kind, unit)
+                       base + token * result.n, step * result.n, result.kind, unit)
         start = stop
