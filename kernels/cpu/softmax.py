@@ -256,7 +256,8 @@ def divide(g: Geometry, sources: int, labels: list[np.ndarray], tiles: int,
 def _plainly(batch: int, groups: int, sources: int, tiles: int) -> Pieces:
     pieces = Pieces.of(batch * groups, [], tiles, 0)
     # items of one source in turn, as their tokens lie side by side
-    order = pieces.pairs.reshape(sources, -1, groups).swapaxes(1, 2) if batch else pieces.pairs
+    items = batch // max(1, sources)
+    order = pieces.pairs.reshape(sources, items, groups).swapaxes(1, 2)
     return dataclasses.replace(pieces, pairs=np.ascontiguousarray(order).ravel())
 
 
