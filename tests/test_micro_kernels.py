@@ -644,9 +644,19 @@ def test_write_rows_of_float64(nbytes):
 
 
 def packed(x: np.ndarray, unit: type, operand: type, lengths: np.ndarray, width: int, padded: int,
-           scale: np.ndarray | None = None, lse: np.ndarray | None = None) -> tuple:
-    """Pack an array (batch, heads, length, width) in every way; return what was written."""
-    batch, heads, length, _ = x.shape
+           scale: np.ndarray | None = None, lse: np.ndarray | None = None,
+           index: np.ndarray | None = None) -> tuple:
+    """Pack an array (batch, heads, length, width) in every way; return what was written.
+
+    With an index (batch * items, heads, length) each of the batch is the source of several items.
+    """
+    batch, heads, tokens, _ = x.shape
+    items, length = 1, tokens
+    listed = np.zeros(3, np.int64)
+    if index is not None:
+        items, length = len(index) // batch, index.shape[2]
+        listed[:] = at(index), *index.strides[:2]
+        batch *= items
     tiles = -(-length // 64)
     count, pairs = batch * heads * tiles, operand == np.uint16
     rows = np.full((count, 64, padded), 7, operand)
@@ -657,7 +667,8 @@ def packed(x: np.ndarray, unit: type, operand: type, lengths: np.ndarray, width:
     for name, value in dict(
             at=at(x), heads=heads, length=length, tiles=tiles, width=width, padded=padded,
             lengths=at(lengths), kind=CODES[x.dtype], scale=0 if scale is None else at(scale),
-            lse=0 if lse is None else at(lse), rows=at(rows), columns=at(columns),
+            lse=0 if lse is None else at(lse), items=items, tokens=tokens, index=listed[0],
+            index_b=listed[1], index_h=listed[2], rows=at(rows), columns=at(columns),
             pairs=at(doubles), notes=at(notes)).items():
         record[name] = value
     for name, step in zip("bhnd", x.strides, strict=True):
@@ -703,6 +714,30 @@ def test_packing(source, unit, operand, width, apart):
         else:
             assert np.array_equal(columns, right[:, :, :width].swapaxes(1, 2))
             assert (pairs == 7).all()
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_packing_of_listed_tokens(with_lse):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 200, 40)).astype(np.float32)
+    lse = rng.standard_normal((2, 3, 200)).astype(np.float32)
+    lse[:, 1, 5:9] = -np.inf
+    index = rng.integers(0, 200, (4, 3, 70)).astype(np.int32)
+    index[1] = np.arange(70) * 2 + 1                    # evenly spaced, downwards to 0 and to none
+    index[2] = np.arange(70)[::-1] - 3
+    index[3, :, ::5] = -1
+    index.clip(-1, out=index)
+    lengths = np.array([70, 66, 70, 0], np.int32)
+    item, head = np.arange(4)[:, None, None] // 2, np.arange(3)[:, None]
+    live = (index >= 0) & (np.arange(70) < lengths[:, None, None])
+    if with_lse:
+        live &= lse[item, head, index] != -np.inf
+    right = np.zeros((4, 3, 128, 64), np.float32)
+    right[:, :, :70, :40] = np.where(live[..., None], x[item, head, index], 0)
+    rows, *_ = packed(x, np.float32, np.float32, lengths, 40, 64, None, lse if with_lse else None,
+                      index)
+    assert np.array_equal(rows, right.reshape(-1, 64, 64))
+
 
 
 @pytest.mark.parametrize(("source", "unit", "operand"), OPERANDS)
