@@ -140,15 +140,16 @@ def test_show_draws_what_a_variant_computes(capsys):
     assert picture(text) == ["██···█", "██···█", "··███·", "··███·"]
 
 
-@pytest.mark.parametrize("name", sorted(catalogue.EXAMPLES))
-def test_show_draws_each_variant_of_sequences(name, capsys):
+@pytest.mark.parametrize("name", sorted([*catalogue.EXAMPLES, *catalogue.GRIDS]))
+def test_show_draws_each_variant(name, capsys):
     short = name.replace("_attention", "")
     assert cli.main(["show", short, "--n", "64"]) == 0
     text = capsys.readouterr().out
     assert len(picture(text)) == 64
     # with values one-hot and no weight 0, the output tells who sees whom
     x, v = np.zeros((4, 64, 1)), np.broadcast_to(np.eye(64), (4, 64, 64))
-    out = getattr(pyattn, name)(x, x, v, **catalogue.EXAMPLES[name])[0]
+    table = [np.zeros((49, 4))] if name == "swin_attention" else []
+    out = getattr(pyattn, name)(x, x, v, *table, **catalogue.completed(name, {}, 64))[0]
     drawn = np.array([[cell == "█" for cell in line] for line in picture(text)])
     if name == "coarse_fine_attention":
         # eight tokens see by one mean
@@ -163,9 +164,9 @@ def test_show_counts_the_tiles_that_a_variant_executes(capsys):
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["axial"], "axial_attention needs --option shape=..."),
-    (["axial", "--option", "shape=(8, 8)", "--n", "64"], "it has no one mask"),
-    (["swin", "--option", "shape=(8, 8)", "--option", "window=4"], "it needs arrays, bias_table"),
+    (["axial", "--option", "shape=(8, 8)", "--n", "65"], "with 64 tokens, the cells of shape"),
+    (["swin", "--option", "shape=8", "--option", "window=4"], "it needs arrays, bias_table"),
+    (["cross_modal"], "cross_modal_attention needs --option modality_lengths=..."),
     (["longformer", "--option", "windw=3"], "--option of longformer_attention must be one of"),
     (["causal", "--option", "window=3"], "--option is for variants; 'causal' is none"),
     (["longformer", "--heads", "0"], "--heads must be at least 1; got 0"),

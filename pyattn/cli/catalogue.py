@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
+from collections.abc import Callable
 from typing import Any
 
 from .. import VARIANTS
@@ -23,6 +25,25 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "sparse_transformer_attention": {"stride": 8},
 }
 """Small options for variants of one sequence of any length."""
+
+GRIDS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "axial_attention": lambda n: {"shape": sides(n)},
+    "swin_attention": lambda n: {"shape": sides(n), "window": 4, "shift": 2},
+    "temporal_attention": lambda n: {"frames": sides(n)[0]},
+}
+"""Small options for variants whose n tokens fill a grid."""
+
+
+def sides(n: int) -> tuple[int, int]:
+    """Return the sides of the grid of n cells that is closest to a square.
+
+    Examples
+    --------
+    >>> sides(64), sides(32), sides(7)
+    ((8, 8), (4, 8), (1, 7))
+    """
+    rows = next(rows for rows in range(max(1, math.isqrt(n)), 0, -1) if n % rows == 0)
+    return rows, n // rows
 
 
 def full_name(name: str) -> str:
@@ -77,8 +98,10 @@ def require_options(name: str, options: dict[str, Any], *, withheld: tuple[str, 
                               f"got {option!r}")
 
 
-def completed(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def completed(name: str, options: dict[str, Any], n: int = 0) -> dict[str, Any]:
     """Return the `options` given, or examples: all if none are given, else those that it needs.
+
+    A grid is made for n tokens, where n is given.
 
     Raises
     ------
@@ -90,7 +113,7 @@ def completed(name: str, options: dict[str, Any]) -> dict[str, Any]:
     >>> completed("longformer_attention", {"window": 3})
     {'window': 3, 'global_index': [0]}
     """
-    examples = EXAMPLES.get(name, {})
+    examples = GRIDS[name](n) if n and name in GRIDS else EXAMPLES.get(name, {})
     needed = [key for key, p in parameters(name).items() if p.default is p.empty]
     missing = [key for key in needed if key not in options and key not in examples]
     if missing:

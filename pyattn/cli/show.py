@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import inspect
 import math
 from typing import Any
 
 import numpy as np
 
-from .. import VARIANTS
+from .. import VARIANTS, masks
 from ..checks import BackendError, OptionError, require_integer
 from .catalogue import completed, full_name, parse_options, require_options
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     name = full_name(args.mask.strip())
     executed = None
     if name in VARIANTS:
-        options = completed(name, parse_options(args.option))
+        options = completed(name, parse_options(args.option), n)
         mask, n, m, executed = pattern(name, n, m, args.heads, options)
         given = "".join(f", {key}={value!r}" for key, value in options.items())
         print(f"{name}(q, k, v{given})")
@@ -81,11 +82,12 @@ def pattern(name: str, n: int, m: int, heads: int, options: dict[str, Any]) -> t
     """Return the mask that a variant attends by, its queries, keys, and tiles executed by a head.
 
     The variant is run on zeros of width 1, and its record tells: what is drawn is what is computed.
+    Where it attends several times, or inside groups of tokens, the mask is that of all together.
 
     Raises
     ------
     OptionError
-        The variant does not take these options, or attends by no mask of all tokens.
+        The variant does not take these options.
 
     Examples
     --------
@@ -98,19 +100,39 @@ def pattern(name: str, n: int, m: int, heads: int, options: dict[str, Any]) -> t
     heads = require_integer("--heads", heads, minimum=1)
     q, k = (np.zeros((heads, require_integer(side, count, minimum=0), 1), np.float32)
             for side, count in (("--n", n), ("--m", m)))
-    operation = getattr(pyattn, name)
+    operation, arrays = getattr(pyattn, name), {}
+    if name == "swin_attention" and np.ndim(options["shape"]) == 1:
+        reach = np.broadcast_to(options["window"], np.shape(options["shape"]))
+        arrays["bias_table"] = np.zeros((int((2 * reach - 1).prod()), heads), np.float32)
     more = [p.name for p in list(inspect.signature(operation).parameters.values())[3:]
-            if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+            if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name not in arrays]
     if more:
         raise OptionError(f"{name} cannot be drawn: it needs arrays, {', '.join(more)}")
-    _, saved = operation.forward(q, k, k, **options)
-    found = saved
-    while not hasattr(found, "mask"):
-        parts = [part for part in vars(found).values() if hasattr(part, "stats")]
-        if len(parts) != 1:
-            raise OptionError(f"{name} cannot be drawn: it has no one mask")
-        found = parts[0]
-    return found.mask, found.placement.n, found.placement.m, saved.stats["tiles"] // heads
+    _, saved = operation.forward(q, k, k, **arrays, **options)
+    found, tiles = _records(saved), saved.stats["tiles"] // heads
+    if len(found) == 1 and getattr(found[0], "order", None) is None:
+        return found[0].mask, found[0].placement.n, found[0].placement.m, tiles
+    seen = functools.reduce(np.logical_or, (_over_tokens(record, q.shape[1]) for record in found))
+    return masks.dense(seen), *seen.shape, tiles
+
+
+def _records(saved: Any) -> list[Any]:
+    """Return the records in `saved` that have a mask."""
+    if hasattr(saved, "mask"):
+        return [saved]
+    parts = [part for value in vars(saved).values()
+             for part in (value if isinstance(value, tuple) else [value])]
+    return [record for part in parts if hasattr(part, "stats") for record in _records(part)]
+
+
+def _over_tokens(record: Any, tokens: int) -> np.ndarray:
+    """Return which of all tokens the first head lets see each other, bool (tokens, tokens)."""
+    seen = np.zeros((tokens, tokens), bool)
+    for item, cells in enumerate(record.order.index):
+        slots = np.flatnonzero(cells >= 0)
+        allowed = record.mask.pick((item, 0)).dense(len(cells), len(cells))
+        seen[np.ix_(cells[slots], cells[slots])] |= allowed[np.ix_(slots, slots)]
+    return seen
 
 
 def _write(mask: Any, n: int, m: int, path: str) -> None:
