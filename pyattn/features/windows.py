@@ -1,4 +1,4 @@
-"""Cells of a grid gathered into windows or lines and put back; tables of relative positions.
+"""The windows and lines of a grid's cells; tables of relative positions.
 
 A grid of any number of axes is a sequence of N tokens, its last axis running fastest. Each cell is
 in one window, so gathering and putting back are one `take` each, and each is the other's backward.
