@@ -114,8 +114,8 @@ def swin_attention(q: Array, k: Array, v: Array, bias_table: Array, *, shape: An
     Time O(N window ** axes (D + E)). On the CPU tokens are read and written where they stand; other
     backends copy them into the order of the windows and back. Kept for backward: the arguments, the
     output and the lse; the bias is made anew for each call, (H, P, P) for the P cells of a window.
-    Differs from the authors' code: what is masked is masked with -inf and not with -100; a window longer
-    than the grid is cut off without a change to the table, where that code shrinks it to the
+    Differs from the authors' code: what is masked is masked with -inf and not with -100; a window
+    longer than the grid is cut off without a change to the table, where that code shrinks it to the
     shorter side (`pyattn.layers.swin_block` does so, too).
 
     References
