@@ -193,25 +193,9 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
              for name, x in (("q", p.q), ("k", p.k), ("v", p.v))} if onto is None else dict(onto)
     for name, x in found.items():
         job.describe_result(f"d{name}", x, onto is not None)
-    size, pairs = g.dtype.itemsize, g.fold > 1
-    packed = g.row_tiles * TILE * (g.operand.itemsize * (1 + pairs) + size) * (
-        g.d_padded + g.e_padded) * g.heads // max(1, g.groups)
-    per_pair = pieces.chunks == 1 and packed <= PAIR_BYTES
-    tiles = g.batch * g.heads * g.row_tiles
-    rows = tiles * TILE // (max(1, g.batch * g.groups) if per_pair else 1)
-    q, dout_rows = (rows * width * g.operand.itemsize for width in (g.d_padded, g.e_padded))
-    columns = g.batch * g.groups * g.m * size * (pieces.chunks > 1)
-    sums = {"q": rows * g.d_padded * size, "k": columns * g.d, "v": columns * g.e}
-    # sums that are laid out as their result is are made in its place; those of q are scaled later
-    in_place = [name for name, x in found.items()
-                if x.nbytes == sums[name] and x.dtype == g.dtype and x.flags.c_contiguous
-                and indices[name] is None
-                and (name != "q" or (not per_pair and onto is None))]
-    sizes = {
-        "q": q, "q_pairs": q * pairs, "q_notes": rows // TILE, "dout": dout_rows,
-        "dout_pairs": dout_rows * pairs, "dout_notes": rows // TILE, "shifts": rows * size,
-        "means": rows * size,
-        **{f"d{name}": 0 if name in in_place else nbytes for name, nbytes in sums.items()}}
+    per_pair = pieces.chunks == 1 and packed_bytes(g) <= PAIR_BYTES
+    sizes, in_place = backward_space(g, pieces, found, per_pair=per_pair, onto=onto is not None,
+                                     listed=[name for name in indices if indices[name] is not None])
     starts, total = sections(tuple(sizes.values()))
     at = dict(zip(sizes, starts, strict=True)) if per_pair else job.workspace(**sizes)
     at |= {f"d{name}": address(found[name]) for name in in_place}
@@ -223,13 +207,42 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
         job.put(f"{name}.rows", at[name], 0, at[f"{name}_pairs"], at[f"{name}_notes"])
     job.put("delta", job.hold(delta), *(at[name] for name in ("shifts", "means", "dq", "dk", "dv")),
             address(dscale))
-    run_phases(job, pieces, tiles, scratch)
+    run_phases(job, pieces, g.batch * g.heads * g.row_tiles, scratch)
 
     found["scale"] = dscale.sum((0, 2)).astype(g.dtype)
     found |= {name: term.result(g.dtype) for name, term in terms.items()}
     if table is not None:
         found["offsets"] = table.result(g.dtype)
     return found
+
+
+def packed_bytes(g: Geometry) -> int:
+    """Return how much is packed of a group's queries."""
+    each = g.operand.itemsize * (1 + (g.fold > 1)) + g.dtype.itemsize
+    return g.heads // max(1, g.groups) * g.row_tiles * TILE * each * (g.d_padded + g.e_padded)
+
+
+def backward_space(g: Geometry, pieces: Pieces, found: dict[str, np.ndarray], *, per_pair: bool,
+                   onto: bool, listed: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Return the bytes of what a backward packs and sums, and which sums take a result's place.
+
+    Sums of dk and dv are kept where there are several phases. In a result's place there are those
+    that are laid out as it is; those of dq are scaled at the end, so not if it is added to.
+    """
+    size, pairs = g.dtype.itemsize, g.fold > 1
+    tiles = g.heads * g.row_tiles * g.batch // (max(1, g.batch * g.groups) if per_pair else 1)
+    rows = tiles * TILE
+    q, dout = (rows * width * g.operand.itemsize for width in (g.d_padded, g.e_padded))
+    columns = g.batch * g.groups * g.m * size * (pieces.chunks > 1)
+    sums = {"q": rows * g.d_padded * size, "k": columns * g.d, "v": columns * g.e}
+    in_place = [name for name, x in found.items()
+                if x.nbytes == sums[name] and x.dtype == g.dtype and x.flags.c_contiguous
+                and name not in listed and (name != "q" or not (per_pair or onto))]
+    return {"q": q, "q_pairs": q * pairs, "q_notes": tiles, "dout": dout,
+            "dout_pairs": dout * pairs, "dout_notes": tiles, "shifts": rows * size,
+            "means": rows * size,
+            **{f"d{name}": 0 if name in in_place else nbytes for name, nbytes in sums.items()},
+            }, in_place
 
 
 def run_phases(job: Job, pieces: Pieces, tiles: int, scratch: int) -> None:
