@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from pyattn.layers import adam, clip_by_norm, cross_entropy, init_swin, linear, swin
 
-SIDE, EPOCHS, BATCH, VARIANTS = 32, 100, 48, 16
+SIDE, EPOCHS, BATCH, VARIANTS = 32, 150, 48, 32
 ENCODER: dict[str, Any] = {"patch": 4, "num_heads": (4,), "window": 4}
 DEPTHS, WIDTH = (4,), 48
 RATE, WARM, DECAY = 2e-3, 100, 0.05
