@@ -139,7 +139,7 @@ def _model(name: str) -> Any:
     import importlib
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # what its import warns of is its own affair
         return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 

@@ -128,10 +128,12 @@ def judge(arrays, backend, options):
         oracle.assert_close(getattr(grads, name), exact[2][name], rough[2][name], factor=3,
                             name=f"d{name}", dtype=dtype)
     for name in drawn:
-        # a few numbers, on which plain arithmetic may be right by luck
+        # a few numbers, on which plain arithmetic may be right by luck; they are summed in wide
+        # numbers, so that 16 bits cost only the rounding of arguments and result
+        times = 3 if dtype.itemsize == 2 else 16
         np.testing.assert_allclose(
             np.asarray(getattr(grads, name), "f8"), np.asarray(exact[2][name], "f8"), rtol=0,
-            atol=64 * float(ml_dtypes.finfo(dtype).eps) * (1 + abs(exact[2][name]).max()))
+            atol=times * float(ml_dtypes.finfo(dtype).eps) * (1 + abs(exact[2][name]).max()))
 
 
 @pytest.mark.parametrize("options", [

@@ -36,7 +36,7 @@ def models(name):
     """The module of a model in transformers."""
     pytest.importorskip("transformers")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # what its import warns of is its own affair
         return pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
 
 
