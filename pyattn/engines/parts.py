@@ -23,17 +23,20 @@ from ..arrays import Array
 from ..masks.block_mask import Count
 from ..masks.order import Order
 from ..masks.plan import Part
+from ..masks.tiled import Listing, Round, rounds
 from . import indexed
 from .placement import Placement
 from .problem import Problem, Term
 
-Parts = tuple[Part, ...]
+Parts = tuple[Part, ...] | tuple[Round, ...]
 
 OPERANDS = ("q", "k", "v")
 
 
 def parts_of(mask: masks.Mask, placement: Placement) -> Parts | None:
     """Return the parts that a call is done in; None if its mask is to be visited in place."""
+    if isinstance(mask, rounds):
+        return mask.each
     if not isinstance(mask, masks.plan) or placement.segments is not None:
         return None
     offset = placement.mask_offset
@@ -93,7 +96,7 @@ def backward(kernel: Any, problem: Problem, parts: Parts, dout: Array, lse: Arra
 
 def count(problem: Problem, parts: Parts) -> Count:
     """Count the tiles visited and the pairs allowed."""
-    counts = [part.blocks.count(_layout(problem, part),
+    counts = [part.blocks.count(part.layouts(*problem.q.shape[:2]),
                                 _lengths(problem.q_lengths, part.queries),
                                 _lengths(problem.kv_lengths, part.keys))
               for part in parts]
@@ -118,7 +121,7 @@ def _problem(p: Problem, part: Part, *, alone: bool) -> Problem:
     """Return the problem that a part is; results are added to others unless it is `alone`."""
     batch = len(p.q_lengths)
     changes: dict[str, Any] = {
-        "blocks": part.blocks, "layout": _layout(p, part), "sinks": None,
+        "blocks": part.blocks, "layout": part.layouts(*p.q.shape[:2]), "sinks": None,
         "q_lengths": _lengths(p.q_lengths, part.queries),
         "kv_lengths": _lengths(p.kv_lengths, part.keys)}
     if not alone:
@@ -139,8 +142,7 @@ def _problem(p: Problem, part: Part, *, alone: bool) -> Problem:
                         ("streams", part.queries)):
         given = getattr(p, name)
         if given is not None and order is not None:
-            taken = np.broadcast_to(given[:, order.taken], (batch, order.items, order.slots))
-            changes[name] = np.ascontiguousarray(taken.reshape(-1, order.slots))
+            changes[name] = order.picked(given, batch)
     return dataclasses.replace(p, **changes)
 
 
@@ -158,14 +160,7 @@ def _of_the_whole(xp: Any, grads: dict[str, Array], part: Part, p: Problem) -> d
     return found
 
 
-def _layout(p: Problem, part: Part) -> np.ndarray:
-    batch, heads = p.q.shape[:2]
-    heads = heads if part.heads is None else len(part.heads)
-    layout = np.broadcast_to(part.blocks.layout, (batch, part.items, heads))
-    return np.ascontiguousarray(layout.reshape(-1, heads))
-
-
-def _lengths(lengths: np.ndarray, order: Order | None) -> np.ndarray:
+def _lengths(lengths: np.ndarray, order: Order | Listing | None) -> np.ndarray:
     return lengths if order is None else order.lengths(lengths).reshape(-1)
 
 

@@ -30,10 +30,22 @@ def unpack(words: np.ndarray) -> np.ndarray:
 
 
 def transpose(words: np.ndarray) -> np.ndarray:
-    """Exchange queries and keys of tiles, 16 MB of booleans at a time."""
-    out = np.empty_like(words)
-    for at in range(0, len(words), 4096):
-        out[at:at + 4096] = pack(unpack(words[at:at + 4096]).transpose(0, 2, 1))
+    """Exchange queries and keys of tiles: ever smaller squares beside the diagonal change places.
+
+    Of the squares of side s, bits s to 2 s of a word meet bits 0 to s of the word s rows on.
+    """
+    out = np.array(words, np.uint64)
+    side = TILE // 2
+    low = np.uint64(2**32 - 1)
+    while side:
+        shift = np.uint64(side)
+        pair = out.reshape(-1, TILE // (2 * side), 2, side)
+        upper, lower = pair[:, :, 0], pair[:, :, 1]
+        moved = (upper >> shift ^ lower) & low
+        lower ^= moved
+        upper ^= moved << shift
+        side //= 2
+        low ^= low << np.uint64(side)
     return out
 
 

@@ -88,12 +88,34 @@ def _compile(mask: Mask, frame: PlainFrame) -> BlockMask:
         for part in (zip(*entries, strict=True) if entries else [()] * 5))
 
     bits = np.frombuffer(b"".join(names), "<u8").reshape(-1, TILE)
+    return _assembled(mask, frame, layout, len(numbers), (where, row, column, size, name), bits,
+                      Built(boxes, evaluated))
+
+
+def assemble(mask: Mask, frame: PlainFrame, item: np.ndarray, row: np.ndarray, column: np.ndarray,
+             bits: np.ndarray) -> BlockMask:
+    """Compile a mask whose tiles, with those of each item apart, are known: their bits (T, 64)."""
+    high = np.minimum(frame.n - row * TILE, TILE)
+    wide = np.minimum(frame.m - column * TILE, TILE)
+    full = (bits == np.where(LANES < high[:, None], low_bits(wide)[:, None], 0)).all(1)
+    partial = bits.any(1) & ~full
+    held = full | partial
+    name = np.where(full, -1, np.cumsum(partial) - 1)[held]
+    items = mask.lead[0]
+    layout = np.arange(items, dtype=np.int32).reshape(mask.lead)
+    boxes = item[held], row[held], column[held], np.ones(len(name), np.int64), name
+    return _assembled(mask, frame, layout, items, boxes, bits[partial], Built(0, 0))
+
+
+def _assembled(mask: Mask, frame: PlainFrame, layout: np.ndarray, layouts: int,
+               boxes: tuple[np.ndarray, ...], bits: np.ndarray, built: Built) -> BlockMask:
+    where, row, column, size, name = boxes
     rows, columns = tiles_of(frame.n), tiles_of(frame.m)
     blocks = BlockMask(
         mask, frame.n, frame.m, np.atleast_1d(layout),
-        _runs(where, row, column, size, name, len(numbers), rows, columns),
-        _runs(where, column, row, size, name, len(numbers), columns, rows),
-        bits, transpose(bits), Built(boxes, evaluated))
+        _runs(where, row, column, size, name, layouts, rows, columns),
+        _runs(where, column, row, size, name, layouts, columns, rows),
+        bits, transpose(bits), built)
     for array in (blocks.layout, *blocks.rows, *blocks.columns, blocks.bits, blocks.bits_t):
         array.flags.writeable = False
     return blocks

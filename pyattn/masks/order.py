@@ -74,6 +74,11 @@ class Order:
     def _listing(self) -> np.ndarray:
         return np.ascontiguousarray(self.index[:, None], np.int32)
 
+    def picked(self, values: np.ndarray, batch: int) -> np.ndarray:
+        """Return what tokens have, (1 or batch, N), slot by slot: (batch * items, slots)."""
+        taken = np.broadcast_to(values[:, self.taken], (batch, self.items, self.slots))
+        return np.ascontiguousarray(taken.reshape(-1, self.slots))
+
     def places(self, tokens: int) -> np.ndarray:
         """Return where each token is: numbers of slots, int64 (times, tokens).
 

@@ -74,6 +74,12 @@ class Part:
         m = self.m if self.keys is None else self.keys.slots
         return self.mask.compile(n, m, offset=self.offset)
 
+    def layouts(self, batch: int, heads: int) -> np.ndarray:
+        """Return which layout each item of `batch` sequences reads, int32 (items, heads)."""
+        heads = heads if self.heads is None else len(self.heads)
+        layout = np.broadcast_to(self.blocks.layout, (batch, self.items, heads))
+        return np.ascontiguousarray(layout.reshape(-1, heads))
+
     @property
     def tiles(self) -> int:
         """How many tiles are visited, over items and heads."""

@@ -1,0 +1,121 @@
+"""Locality-sensitive hashing: vectors that point the same way fall into one bucket.
+
+Letters: H heads, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..checks import OptionError, ShapeError, require_broadcast, require_integer
+
+AT_ONCE = 2**22
+"""Numbers of rotated vectors held at a time."""
+
+
+def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, rng: Any = None,
+             rotations: Array | None = None) -> np.ndarray:
+    """Hash tokens by random rotations: the bucket is the axis, or its opposite, that is nearest.
+
+    ``bucket = argmax([x R, -x R])``, with R of independent normal numbers for each round. E.g. with
+    four buckets, R has two columns; a token with ``x R = (0.1, -2)`` falls into bucket 3.
+
+    Parameters
+    ----------
+    x : array, shape (..., H, N, D), float16 / bfloat16 / float32 / float64
+        Tokens; their lengths do not matter.
+    num_buckets : int or tuple of int, even
+        Buckets of a round. Of several numbers, for which the tokens are hashed apart, the product:
+        much cheaper for many buckets.
+    num_rounds : int, >= 1
+    rng : int, numpy.random.Generator or None
+        Where the rotations come from (`numpy.random.default_rng`).
+    rotations : array, shape (H or 1, D, num_rounds, half the sum of num_buckets), optional
+        Rotations to take instead.
+
+    Returns
+    -------
+    numpy.ndarray, int32, shape (..., H, num_rounds, N)
+        On the host: where to go is decided there.
+
+    Raises
+    ------
+    OptionError, ShapeError
+        A number of buckets is odd, or the rotations do not fit.
+
+    Notes
+    -----
+    Time O(N D num_rounds num_buckets), or of the sum of several numbers of buckets; a few MB of
+    memory beside the result. Of equal products the first bucket counts. A token that is not finite
+    falls into some bucket.
+
+    References
+    ----------
+    .. [1] Kitaev, Kaiser, Levskaya, "Reformer", 2020, arXiv:2001.04451, section 2.
+    .. [2] Andoni et al., "Practical and Optimal LSH for Angular Distance", 2015,
+       arXiv:1509.02897, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pyattn.features.hashing import lsh_hash
+    >>> x = np.array([[[0.1, -2.0], [0.05, -1.0], [3.0, 0.2], [-3.0, -0.2]]])
+    >>> lsh_hash(x, num_buckets=4, num_rounds=1, rotations=np.eye(2).reshape(1, 2, 1, 2))
+    array([[[3, 3, 0, 2]]], dtype=int32)
+    """
+    factors = require_buckets(num_buckets)
+    num_rounds = require_integer("num_rounds", num_rounds, minimum=1)
+    arrays.require_float("x", x)
+    if x.ndim < 3:
+        raise ShapeError(f"x must be (..., H, N, D); got {tuple(x.shape)}")
+    *lead, heads, n, width = x.shape
+    xp = arrays.namespace(x, rotations)
+    halves = sum(factors) // 2
+    if rotations is None:
+        drawn = np.random.default_rng(rng).standard_normal((heads, width, num_rounds, halves))
+        rotations = arrays.from_host(xp, drawn, arrays.device(x))
+    else:
+        require_broadcast("rotations", tuple(rotations.shape), (heads, width, num_rounds, halves),
+                          "(H, D, num_rounds, half the sum of num_buckets)")
+    acc = arrays.accumulator(xp, x)
+    rotations = xp.broadcast_to(arrays.cast(xp, rotations, acc),
+                                (heads, width, num_rounds, halves))
+    flat = arrays.reshape(xp, x, (math.prod(lead), heads, n, width))
+    buckets = np.empty((math.prod(lead), heads, num_rounds, n), np.int32)
+    step = max(1, AT_ONCE // max(1, halves))
+    for b, h, turn in np.ndindex(*buckets.shape[:3]):
+        for at in range(0, n, step):
+            tokens = arrays.cast(xp, flat[b, h, at:at + step, :], acc)
+            with np.errstate(invalid="ignore"):
+                rotated = xp.matmul(tokens, rotations[h, :, turn, :])
+            buckets[b, h, turn, at:at + step] = arrays.to_host(_nearest(xp, rotated, factors))
+    return buckets.reshape(*lead, heads, num_rounds, n)
+
+
+def require_buckets(num_buckets: Any) -> tuple[int, ...]:
+    """Return the factors of a number of buckets; OptionError unless each is even."""
+    given = num_buckets if isinstance(num_buckets, tuple | list) else (num_buckets,)
+    factors = tuple(require_integer("num_buckets", factor, minimum=2) for factor in given)
+    if not factors or any(factor % 2 for factor in factors):
+        raise OptionError("num_buckets must be even, as each axis has two ends; got "
+                          f"{num_buckets!r}")
+    return factors
+
+
+def _nearest(xp: Any, rotated: Array, factors: tuple[int, ...]) -> Array:
+    """Return buckets (N,) of rotated tokens (N, halves)."""
+    bucket: Any = 0
+    start, product = 0, 1
+    for factor in factors:
+        own = rotated[:, start:start + factor // 2]
+        ahead, behind = xp.argmax(own, axis=-1), xp.argmin(own, axis=-1)
+        most = xp.max(own, axis=-1)
+        bucket = bucket + product * xp.where(most >= -xp.min(own, axis=-1), ahead,
+                                             behind + factor // 2)
+        start, product = start + factor // 2, product * factor
+    return bucket
