@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .variants.global_local import global_local_attention
     from .variants.local_2d import local_attention_2d
     from .variants.longformer import longformer_attention
+    from .variants.lsh import lsh_attention
     from .variants.random_attention import random_attention
     from .variants.sliding_window import sliding_window_attention
     from .variants.sparse_transformer import sparse_transformer_attention
@@ -48,6 +49,7 @@ VARIANTS = {
     "global_local_attention": "variants.global_local",
     "local_attention_2d": "variants.local_2d",
     "longformer_attention": "variants.longformer",
+    "lsh_attention": "variants.lsh",
     "random_attention": "variants.random_attention",
     "sliding_window_attention": "variants.sliding_window",
     "sparse_transformer_attention": "variants.sparse_transformer",

@@ -21,6 +21,7 @@ CORE = """
     sparse_transformer_attention block_diagonal_attention blockbert_attention bigbird_attention
     axial_attention temporal_attention swin_attention
     longformer_attention coarse_fine_attention
+    lsh_attention routing_attention
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError
@@ -141,9 +142,11 @@ NEEDED = {
 
 @pytest.mark.parametrize("name", pyattn.VARIANTS)
 def test_an_unknown_keyword_is_a_type_error(name):
-    x = np.ones((1, 2, 4))
+    function, x = getattr(pyattn, name), np.ones((1, 2, 4))
+    arrays = [x for p in inspect.signature(function).parameters.values()
+              if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in NEEDED.get(name, {})]
     with pytest.raises(TypeError, match="no_such_option"):
-        getattr(pyattn, name)(x, x, x, **NEEDED.get(name, {}), no_such_option=1)
+        function(*arrays, **NEEDED.get(name, {}), no_such_option=1)
 
 
 LEVEL = {

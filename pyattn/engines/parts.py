@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -28,7 +28,8 @@ from . import indexed
 from .placement import Placement
 from .problem import Problem, Term
 
-Parts = tuple[Part, ...] | tuple[Round, ...]
+Piece = Part | Round
+Parts = tuple[Piece, ...]
 
 OPERANDS = ("q", "k", "v")
 
@@ -108,7 +109,7 @@ def _fitting(kernel: Any, parts: Parts, problem: Problem) -> Parts:
 
     Dropout draws by the head's number, so it takes all.
     """
-    def fits(part: Part) -> bool:
+    def fits(part: Piece) -> bool:
         return part.heads is None or (
             kernel.INDEXED and not problem.dropout and _side_by_side(part.heads)
             and len(_groups(part.heads, problem)) * problem.q.shape[1]
@@ -117,7 +118,7 @@ def _fitting(kernel: Any, parts: Parts, problem: Problem) -> Parts:
     return tuple(part if fits(part) else part.for_all(problem.q.shape[1]) for part in parts)
 
 
-def _problem(p: Problem, part: Part, *, alone: bool) -> Problem:
+def _problem(p: Problem, part: Piece, *, alone: bool) -> Problem:
     """Return the problem that a part is; results are added to others unless it is `alone`."""
     batch = len(p.q_lengths)
     changes: dict[str, Any] = {
@@ -135,7 +136,7 @@ def _problem(p: Problem, part: Part, *, alone: bool) -> Problem:
             changes[name] = order.listing(batch)
     for name in ("bias", "gate"):
         if getattr(p, name) is not None:
-            changes[name] = _term(getattr(p, name), part)
+            changes[name] = _term(getattr(p, name), cast("Part", part))
     if p.offsets is not None and p.offsets.shape[0] > 1 and part.heads is not None:
         changes["offsets"] = p.offsets[_span(part.heads)]
     for name, order in (("q_positions", part.queries), ("k_positions", part.keys),
@@ -146,13 +147,13 @@ def _problem(p: Problem, part: Part, *, alone: bool) -> Problem:
     return dataclasses.replace(p, **changes)
 
 
-def _of_the_whole(xp: Any, grads: dict[str, Array], part: Part, p: Problem) -> dict[str, Array]:
+def _of_the_whole(xp: Any, grads: dict[str, Array], part: Piece, p: Problem) -> dict[str, Array]:
     """Return a part's gradients, but for those of the operands, as they are for all heads."""
     heads = p.q.shape[1]
     found = {"scale": _spread_heads(xp, grads["scale"], part.heads, heads, 0)}
     for name in ("bias", "gate"):
         if getattr(p, name) is not None:
-            found[name] = _term_gradient(xp, grads[name], getattr(p, name), part)
+            found[name] = _term_gradient(xp, grads[name], getattr(p, name), cast("Part", part))
     if p.offsets is not None:
         table = grads["offsets"]
         found["offsets"] = table if p.offsets.shape[0] == 1 else _spread_heads(

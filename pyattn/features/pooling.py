@@ -15,6 +15,7 @@ from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_broadcast, require_integer
 from ..differentiable import Saved, differentiable, gradients
 from ..masks.algebra import host_array
+from .padding import without_padding
 from .precision import cast_like, require_same_shape, widened
 
 
@@ -50,7 +51,7 @@ class MeanPoolSaved(Saved):
         dy = (dy / _column(xp, np.maximum(counts, 1), dy))[..., :, None, :]
         dx = xp.broadcast_to(dy, (*lead, counts.shape[-1], self.block_size, width))
         dx = xp.reshape(dx, (*lead, counts.shape[-1] * self.block_size, width))[..., :n, :]
-        return gradients(("x",))(cast_like(xp, _kept(xp, dx, self.lengths), self.x))
+        return gradients(("x",))(cast_like(xp, without_padding(dx, self.lengths), self.x))
 
 
 @differentiable
@@ -102,22 +103,13 @@ def mean_pool(x: Array, *, block_size: int, lengths: Any = None) -> tuple[Array,
         lengths = tuple(lengths.tolist()) if lengths.ndim else (lengths.item(),)
     counts = block_counts(n, block_size, lengths)
     xp, wide = widened(x=x)
-    wide = _kept(xp, wide, lengths)
+    wide = without_padding(wide, lengths)
     missing = counts.shape[-1] * block_size - n
     filling = xp.zeros((*lead, missing, width), dtype=wide.dtype, device=arrays.device(x))
     by_block = xp.reshape(xp.concat([wide, filling], axis=-2),
                           (*lead, counts.shape[-1], block_size, width))
     mean = xp.sum(by_block, axis=-2) / _column(xp, np.maximum(counts, 1), wide)
     return cast_like(xp, mean, x), MeanPoolSaved(x, block_size, lengths)
-
-
-def _kept(xp: Any, x: Array, lengths: Any) -> Array:
-    """`x` (..., H, N, D) with zeros from `lengths` on."""
-    if lengths is None:
-        return x
-    inside = np.arange(x.shape[-2]) < host_array(lengths)[..., None]
-    inside = arrays.from_host(xp, inside[..., None, :, None], arrays.device(x))
-    return xp.where(inside, x, xp.zeros_like(x))
 
 
 def _column(xp: Any, counts: np.ndarray, like: Array) -> Array:

@@ -44,22 +44,10 @@ class Tiled(Mask):
 
     def at(self, index: tuple[int, ...]) -> Mask:
         own = slice(*np.searchsorted(self.item, [index[0], index[0] + 1]))
-        return Tiled(1, self.n, self.m, self.item[own] * 0, self.row[own], self.column[own],
-                     self.bits[own])
+        return _Item(self.n, self.m, self.row[own], self.column[own], self.bits[own])
 
     def resolve(self, frame: Frame) -> Mask:
-        return self
-
-    def allowed(self, i: Index, j: Index) -> np.ndarray:
-        i, j = np.broadcast_arrays(i, j)
-        if not len(self.bits):
-            return np.zeros(i.shape, bool)
-        columns = tiles_of(self.m)
-        key = i // TILE * columns + j // TILE
-        held = self.row * columns + self.column
-        place = np.minimum(np.searchsorted(held, key), len(held) - 1)
-        word = self.bits[place, i % TILE]
-        return (held[place] == key) & (word >> (j % TILE).astype(np.uint64) & ONE != 0)
+        return self.at((0, 0))
 
     def compile(self, n: int, m: int, *, offset: Any = None) -> BlockMask:
         """Assemble the tiles; there is nothing to be found out."""
@@ -68,10 +56,10 @@ class Tiled(Mask):
     @property
     def seen(self) -> np.ndarray:
         """How many keys each query sees, int64 (items, N)."""
-        line = self.item * tiles_of(self.n) + self.row
-        count = np.zeros((self.items * tiles_of(self.n), TILE), np.int64)
-        np.add.at(count, line, np.bitwise_count(self.bits))
-        return count.reshape(self.items, -1)[:, :self.n]
+        rows = tiles_of(self.n)
+        count = np.zeros((self.items * rows, TILE), np.int64)
+        np.add.at(count, self.item * rows + self.row, np.bitwise_count(self.bits))
+        return count.reshape(self.items, rows * TILE)[:, :self.n]
 
     def where(self, test: Callable[[Index, Index, Index], np.ndarray]) -> Tiled:
         """Keep the pairs for which ``test(item, i, j)``, for arrays that broadcast, is True."""
@@ -87,13 +75,39 @@ class Tiled(Mask):
     def with_diagonal(self, kept: np.ndarray) -> Tiled:
         """Let query i see key i where `kept`, bool (items, N), and nowhere else."""
         own = np.flatnonzero(self.row == self.column)
-        padded = np.zeros((self.items, tiles_of(self.n) * TILE), bool)
+        rows = tiles_of(self.n)
+        padded = np.zeros((self.items, rows * TILE), bool)
         padded[:, :self.n] = kept
-        chosen = padded.reshape(self.items, -1, TILE)[self.item[own], self.row[own]]
+        chosen = padded.reshape(self.items * rows, TILE)[self.item[own] * rows + self.row[own]]
         bit = ONE << LANES.astype(np.uint64)
         bits = self.bits.copy()
         bits[own] = np.where(chosen, bits[own] | bit, bits[own] & ~bit)
         return dataclasses.replace(self, bits=bits)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Item(Mask):
+    """What `Tiled` is for one item."""
+
+    n: int
+    m: int
+    row: np.ndarray
+    column: np.ndarray
+    bits: np.ndarray
+
+    def resolve(self, frame: Frame) -> Mask:
+        return self
+
+    def allowed(self, i: Index, j: Index) -> np.ndarray:
+        i, j = np.broadcast_arrays(i, j)
+        if not len(self.bits):
+            return np.zeros(i.shape, bool)
+        columns = tiles_of(self.m)
+        key = i // TILE * columns + j // TILE
+        held = self.row * columns + self.column
+        place = np.minimum(np.searchsorted(held, key), len(held) - 1)
+        word = self.bits[place, i % TILE]
+        return (held[place] == key) & (word >> (j % TILE).astype(np.uint64) & ONE != 0)
 
 
 def between(first: np.ndarray, stop: np.ndarray, m: int) -> Tiled:
@@ -191,6 +205,11 @@ class Round:
     def blocks(self) -> BlockMask:
         """The mask, compiled."""
         return self.mask.compile(self.queries.slots, self.keys.slots)
+
+    def for_all(self, heads: int) -> Round:
+        """Return this round: it is for all heads."""
+        del heads
+        return self
 
     def layouts(self, batch: int, heads: int) -> np.ndarray:
         """Return which layout each item reads, int32 (items, heads)."""
