@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .variants.longformer import longformer_attention
     from .variants.lsh import lsh_attention
     from .variants.random_attention import random_attention
+    from .variants.routing import routing_attention
     from .variants.sliding_window import sliding_window_attention
     from .variants.sparse_transformer import sparse_transformer_attention
     from .variants.swin import swin_attention
@@ -51,6 +52,7 @@ VARIANTS = {
     "longformer_attention": "variants.longformer",
     "lsh_attention": "variants.lsh",
     "random_attention": "variants.random_attention",
+    "routing_attention": "variants.routing",
     "sliding_window_attention": "variants.sliding_window",
     "sparse_transformer_attention": "variants.sparse_transformer",
     "swin_attention": "variants.swin",

@@ -132,6 +132,7 @@ NEEDED = {
     "local_attention_2d": {"shape": (1, 2), "window": 1},
     "longformer_attention": {"window": 1, "global_index": (0,)},
     "random_attention": {"num_random": 1},
+    "routing_attention": {"centroids": np.zeros((1, 1, 4)), "cluster_size": 1},
     "sliding_window_attention": {"window": 1},
     "sparse_transformer_attention": {"stride": 1},
     "swin_attention": {"bias_table": np.ones((1, 1)), "shape": (2,), "window": 1},

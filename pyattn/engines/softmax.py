@@ -113,7 +113,7 @@ class SoftmaxSaved(Call):
         grads = (indexed.backward(kernel, problem, dout, lse, delta) if divided is None else
                  parts.backward(kernel, problem, divided, dout, lse, delta))
 
-        found = {name: _unbroadcast(xp, grads[name], x, self.batch)
+        found = {name: unbroadcast(xp, grads[name], x, self.batch)
                  for name, x in (("q", self.q), ("k", self.k), ("v", self.v))}
         for name, x in (("bias", self.bias), ("gate", self.gate)):
             if x is not None:
@@ -149,7 +149,7 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     named = {"q": q, "k": k, "v": v, "bias": bias, "gate": gate, "sinks": sinks,
              "scale": scale if is_array(scale) else None}
     xp = arrays.namespace(*named.values())
-    batch = _check_operands(q, k, v)
+    batch = require_operands(q, k, v)
     arrays.require_same_device(named)
     heads, n, m = q.shape[-3], q.shape[-2], k.shape[-2]
     rows = (*batch, heads, n)
@@ -205,7 +205,7 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "shape") and not isinstance(x, np.generic)
 
 
-def _check_operands(q: Array, k: Array, v: Array) -> tuple[int, ...]:
+def require_operands(q: Array, k: Array, v: Array) -> tuple[int, ...]:
     """Check q, k and v; the leading axes that they broadcast to."""
     dtypes = (arrays.require_float("q", q), arrays.require_float("k", k),
               arrays.require_float("v", v))
@@ -357,7 +357,7 @@ def _term(xp: Any, x: Array | None, batch: tuple[int, ...]) -> Term | None:
     return Term(xp.reshape(x, (size, *shape[-3:])), np.ascontiguousarray(item).reshape(-1))
 
 
-def _unbroadcast(xp: Any, gradient: Array, x: Array, batch: tuple[int, ...]) -> Array:
+def unbroadcast(xp: Any, gradient: Array, x: Array, batch: tuple[int, ...]) -> Array:
     """The gradient (B, ...) in the shape and dtype of `x`, summed over axes that it broadcast."""
     shared = _shared_axes(x, batch)
     if shared:

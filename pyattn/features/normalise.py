@@ -46,6 +46,11 @@ def unit_length(x: Array) -> tuple[Array, UnitLengthSaved]:
     array, shape (..., D), dtype of `x`
         Zeros stay zeros.
 
+    Raises
+    ------
+    DtypeError
+        `x` is not of these dtypes.
+
     Notes
     -----
     O(size of x), computed in float32, or float64 for float64. Kept for backward: the argument.
@@ -98,6 +103,11 @@ def standardise(x: Array, *, eps: float = 1e-5) -> tuple[Array, StandardiseSaved
     Returns
     -------
     array, shape (..., D), dtype of `x`
+
+    Raises
+    ------
+    DtypeError
+        `x` is not of these dtypes.
 
     Notes
     -----

@@ -1,0 +1,365 @@
+"""Attention inside clusters of tokens that lie close to one centroid (Routing Transformer)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..checks import DtypeError, OptionError, ShapeError, require_choice, require_integer
+from ..differentiable import Saved, differentiable, gradients
+from ..engines import softmax
+from ..engines.placement import place
+from ..features.gathering import spread_tokens, take_tokens
+from ..features.normalise import StandardiseSaved, standardise
+from ..features.padding import without_padding
+from ..features.regrouping import regroup
+from ..masks.algebra import host_array
+from ..masks.tiled import Listing, Round, between, rounds
+
+NONE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingSaved(Saved):
+    """What the engine keeps, what normalised q and k, and which tokens are in which cluster."""
+
+    attended: softmax.SoftmaxSaved
+    q: Array
+    k: Array
+    v: Array
+    centroids: Array
+    normal_q: StandardiseSaved
+    normal_k: StandardiseSaved
+    clusters: np.ndarray
+    key_clusters: np.ndarray
+    mode: str
+
+    @property
+    def decisions(self) -> dict[str, Array]:
+        """``clusters`` of the queries and ``key_clusters``, and the engine's."""
+        return {"clusters": self.clusters, "key_clusters": self.key_clusters,
+                **self.attended.decisions}
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Those of the engine."""
+        return self.attended.stats
+
+    def backward(self, dout: Array, dlse: Array | None = None) -> Any:
+        """Gradients of q, k and v, and zeros for the centroids, which only decide."""
+        q, k = self.normal_q.x, self.normal_k.x
+        xp, rows = arrays.namespace(q), self.attended.lse.shape
+        *batch, heads, n, _ = q.shape
+        m = k.shape[-2]
+        if self.mode == "assign":
+            dlse = None if dlse is None else arrays.reshape(xp, dlse, rows)
+            dq, dk, dv = self.attended.backward(
+                arrays.reshape(xp, dout, (*rows, dout.shape[-1])), dlse)
+        else:
+            queries, keys = (_flat_lists(x) for x in (self.clusters, self.key_clusters))
+            # forward: out = the mean of what a token's clusters found
+            shares = take_tokens(_divided(xp, _flat(xp, dout), queries), queries)
+            found = self.attended.backward(arrays.reshape(xp, shares, (*rows, dout.shape[-1])))
+            dq, dk, dv = (
+                spread_tokens(arrays.reshape(xp, x, (*lists.shape, x.shape[-1])), lists, tokens)
+                for x, lists, tokens in zip(found, (queries, keys, keys), (n, m, m), strict=True))
+        dk, dv = (_summed_heads(xp, x, (*batch, k.shape[-3], m, x.shape[-1]), heads)
+                  for x in (dk, dv))
+        dq = self.normal_q.backward(arrays.reshape(xp, dq, q.shape)).x
+        dk = self.normal_k.backward(dk).x
+        return gradients(("q", "k", "v", "centroids"))(
+            *(softmax.unbroadcast(xp, gradient, x, tuple(batch))
+              for gradient, x in ((dq, self.q), (dk, self.k), (dv, self.v))),
+            xp.zeros_like(self.centroids))
+
+
+@differentiable
+def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster_size: int,
+                      mode: str | None = None, causal: bool | str = False,
+                      reference: bool = False, scale: float | None = None, q_lengths: Any = None,
+                      kv_lengths: Any = None, softcap: float | None = None, dropout: float = 0.0,
+                      rng: Any = None, return_lse: bool = False,
+                      decisions: dict[str, Any] | None = None) -> tuple[Any, RoutingSaved]:
+    """Attention of each query to keys of its cluster.
+
+    Queries and keys are normalised to mean 0 and variance 1, without weights, and belong to the
+    centroids with which their products are largest:
+
+    - ``mode="assign"``: each token to one cluster. A query sees the last `cluster_size` keys of its
+      cluster up to its own position, and if not causal the next `cluster_size` as well. Causal
+      calls are strictly so. With clusters (0, 1, 0, 1) of four tokens: 0->{0}  1->{1}  2->{0, 2}
+      3->{1, 3}.
+    - ``mode="top"``, the paper's: each cluster takes the `cluster_size` queries and as many keys
+      with the largest products, and these queries see these keys. A token in several clusters gets
+      the mean of what it found in each, one in none 0. Which tokens a cluster takes depends on
+      later tokens.
+
+    Parameters
+    ----------
+    q : array, shape (..., H, N, D), float16, bfloat16, float32 or float64
+        Queries.
+    k : array, shape (..., G, M, D), dtype of `q`
+        Keys; G divides H. The heads of a group cluster its keys apart.
+    v : array, shape (..., G, M, E), dtype of `q`
+        Values.
+    centroids : array, shape (H, C, D), any float dtype
+        C clusters' centroids; see `pyattn.features.update_centroids` and
+        `pyattn.features.commitment_loss`.
+    cluster_size : int, >= 1, tokens
+    mode : {"assign", "top"}, optional
+        "assign" by default if causal, else "top".
+    causal : bool or "top_left"
+        Whether keys stand at or before their queries, as for `pyattn.attention`.
+    reference : bool
+        With ``mode="top"`` and causal, do as the original does: of a cluster's keys its query of
+        rank r sees the first r + 1, wherever they stand.
+    scale : float, default D ** -0.5
+    q_lengths, kv_lengths, softcap, dropout
+        As for `pyattn.attention`; padding is in no cluster.
+    rng : int, numpy.random.Generator or None
+        Where the seed of dropout comes from.
+    return_lse : bool
+        Also return the log-sum-exp of each row; with ``mode="assign"`` alone.
+    decisions : dict, optional
+        What an earlier call decided, from its ``saved.decisions``: ``clusters`` and
+        ``key_clusters``. In mode "assign" each token's, int (..., H, N) and (..., H, M); in mode
+        "top" each cluster's tokens, ascending, int (..., H, C, cluster_size), -1 for none, last.
+
+    Returns
+    -------
+    array, shape (..., H, N, E), dtype of `q`
+        With `return_lse` a tuple, as for `pyattn.attention`.
+
+    Raises
+    ------
+    ShapeError, DtypeError, OptionError
+        Arguments that do not fit; the message names the argument, the rule and what was given.
+
+    Notes
+    -----
+    Time O(N C D + N cluster_size (D + E)), O(N sqrt(N)) for C of sqrt(N) and clusters of as many.
+    Memory O(N) beside the operands in mode "assign", O(C cluster_size + block of N C) in mode
+    "top". Kept for backward: the arguments, q and k normalised, the output and the log-sum-exp.
+    Clusters are constants of the backward; the gradient of the centroids is 0. Different from
+    [1]_: causality by positions, not ranks; causal calls assign by default, as which tokens are a
+    cluster's top ones is not known before the last; means divide by exact counts.
+
+    References
+    ----------
+    .. [1] Roy, Saffar, Vaswani, Grangier, "Efficient Content-Based Sparse Attention with Routing
+       Transformers", 2020, arXiv:2003.05997, section 4.1.
+
+    Examples
+    --------
+    >>> import numpy as np, pyattn
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 6, 8))
+    >>> one = np.zeros((1, 1, 8))                               # one cluster for all
+    >>> out = pyattn.routing_attention(q, k, v, one, cluster_size=6, causal=True)
+    >>> normal = [pyattn.features.standardise(x) for x in (q, k)]
+    >>> np.allclose(out, pyattn.attention(*normal, v, causal=True))
+    True
+    """
+    causal = require_choice("causal", causal, (False, True, "top_left"))
+    reference = require_choice("reference", reference, (False, True))
+    mode = require_choice("mode", mode, (None, "assign", "top"))
+    if mode is None:
+        mode = "assign" if causal is not False and not reference else "top"
+    if reference and mode == "assign":
+        raise OptionError("reference=True is mode 'top', as in the paper; got mode='assign'")
+    if return_lse and mode == "top":
+        raise OptionError("return_lse needs mode='assign': the mean over several clusters has no "
+                          "log-sum-exp")
+    cluster_size = require_integer("cluster_size", cluster_size, minimum=1)
+    xp = arrays.namespace(q, k, v, centroids)
+    batch = softmax.require_operands(q, k, v)
+    heads, n, m = q.shape[-3], q.shape[-2], k.shape[-2]
+    if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != (heads, q.shape[-1]):
+        raise ShapeError(f"centroids must be (H, C, D) with H = {heads}, D = {q.shape[-1]}; got "
+                         f"{tuple(centroids.shape)}")
+    if not centroids.shape[1]:
+        raise ShapeError("centroids must hold at least one cluster; got none")
+    arrays.require_float("centroids", centroids)
+    alignment = "top_left" if causal == "top_left" else "bottom_right"
+    placement = place(batch, n, m, alignment, q_lengths, kv_lengths, None)
+    wide_q, wide_k, wide_v = (xp.broadcast_to(x, (*batch, *x.shape[-3:])) for x in (q, k, v))
+    normal_q, saved_q = standardise.forward(without_padding(wide_q, q_lengths))
+    normal_k, saved_k = standardise.forward(without_padding(wide_k, kv_lengths))
+    limits = [np.repeat(x.astype(np.int64), heads)
+              for x in (placement.q_lengths, placement.kv_lengths, placement.offset)]
+    queries, keys = _flat(xp, normal_q), _flat(xp, _repeated(xp, normal_k, heads))
+    given = dict(decisions or {})
+    found = []
+    for name, x, lengths in (("clusters", queries, limits[0]), ("key_clusters", keys, limits[1])):
+        shape = x.shape[1:2] if mode == "assign" else (centroids.shape[1], cluster_size)
+        lists = given.pop(name, None)
+        if lists is None:
+            lists = _decide(xp, x, centroids, lengths, mode, cluster_size)
+        else:
+            lists = _check_lists(name, lists, (*batch, heads, *shape), mode,
+                                 centroids.shape[1] if mode == "assign" else x.shape[1])
+        found.append(lists.reshape(len(lengths), *shape))
+
+    values = _flat(xp, _repeated(xp, wide_v, heads))
+    options = {"scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng,
+               "return_lse": return_lse, "decisions": given}
+    attend = _assign if mode == "assign" else _top
+    out, attended = attend(xp, queries, keys, values, found, limits, cluster_size,
+                           causal is not False, reference, options)
+    saved = RoutingSaved(attended, q, k, v, centroids, saved_q, saved_k,
+                         *(x.reshape(*batch, heads, *x.shape[1:]) for x in found), mode)
+    shape = (*batch, heads, n)
+    if return_lse:
+        return (arrays.reshape(xp, out[0], (*shape, v.shape[-1])),
+                arrays.reshape(xp, out[1], shape)), saved
+    return arrays.reshape(xp, out, (*shape, v.shape[-1])), saved
+
+
+def _flat(xp: Any, x: Array) -> Array:
+    """(..., H, N, D) as (I, N, D)."""
+    return arrays.reshape(xp, x, (math.prod(x.shape[:-2]), *x.shape[-2:]))
+
+
+def _flat_lists(lists: np.ndarray) -> np.ndarray:
+    """(..., H, C, w) as (I, C * w)."""
+    return lists.reshape(math.prod(lists.shape[:-2]), lists.shape[-2] * lists.shape[-1])
+
+
+def _repeated(xp: Any, x: Array, heads: int) -> Array:
+    """(..., G, M, D) as (..., H, M, D)."""
+    *lead, groups, m, width = x.shape
+    if groups == heads:
+        return x
+    wide = xp.broadcast_to(xp.expand_dims(x, axis=-3),
+                           (*lead, groups, heads // groups, m, width))
+    return arrays.reshape(xp, wide, (*lead, heads, m, width))
+
+
+def _summed_heads(xp: Any, gradient: Array, shape: tuple[int, ...], heads: int) -> Array:
+    """Undo `_repeated` for a gradient: (..., G, M, D), summed over the heads of each group."""
+    *lead, groups, m, width = shape
+    if groups == heads:
+        return arrays.reshape(xp, gradient, shape)
+    wide = arrays.reshape(xp, gradient, (*lead, groups, heads // groups, m, width))
+    acc = arrays.accumulator(xp, gradient)
+    return arrays.cast(xp, xp.sum(arrays.cast(xp, wide, acc), axis=-3), gradient.dtype)
+
+
+def _decide(xp: Any, x: Array, centroids: Array, lengths: np.ndarray, mode: str,
+            size: int) -> np.ndarray:
+    """Return each token's cluster (I, N), or each cluster's tokens (I, C, size)."""
+    acc = arrays.accumulator(xp, x)
+    items, n, _ = x.shape
+    heads, count, _ = centroids.shape
+    shape = (items, n) if mode == "assign" else (items, count, size)
+    found = np.zeros(shape, np.int32)
+    for item in range(items):
+        products = xp.matmul(arrays.cast(xp, centroids[item % heads, ...], acc),
+                             xp.matrix_transpose(arrays.cast(xp, x[item, ...], acc)))
+        if mode == "top":
+            found[item] = _largest(arrays.to_host(products), int(lengths[item]), size)
+        elif n:
+            found[item] = arrays.to_host(xp.argmax(products, axis=0))
+    return found
+
+
+def _largest(products: np.ndarray, length: int, size: int) -> np.ndarray:
+    """Return the columns of the largest of each row, ascending; of equals the first."""
+    products = products[:, :length]
+    found = np.full((len(products), size), NONE, np.int32)
+    if length <= size:
+        found[:, :length] = np.arange(length)
+        return found
+    least = np.partition(products, length - size, axis=1)[:, length - size, None]
+    above, equal = products > least, products == least
+    room = size - np.count_nonzero(above, axis=1, keepdims=True)
+    chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
+    found[:] = np.nonzero(chosen)[1].reshape(found.shape)
+    return found
+
+
+def _check_lists(name: str, lists: Any, shape: tuple[int, ...], mode: str,
+                 limit: int) -> np.ndarray:
+    lists = host_array(lists)
+    if lists.shape != shape:
+        raise ShapeError(f"decisions[{name!r}] must have shape {shape} in mode {mode!r}; got "
+                         f"{lists.shape}")
+    if lists.dtype.kind not in "iu":
+        raise DtypeError(f"decisions[{name!r}] must be integers; got {lists.dtype}")
+    lowest = 0 if mode == "assign" else NONE
+    if lists.size and not (lists.min() >= lowest and lists.max() < limit):
+        raise OptionError(f"decisions[{name!r}] must lie in {lowest}..{limit - 1}; got "
+                          f"{lists.min()}..{lists.max()}")
+    return lists
+
+
+def _assign(xp: Any, q: Array, k: Array, v: Array, found: list[np.ndarray],
+            limits: list[np.ndarray], size: int, causal: bool, reference: bool,
+            options: dict[str, Any]) -> tuple[Any, Any]:
+    """Let queries see the keys of their cluster that are nearest before them, or around them."""
+    q_lengths, kv_lengths, offset = limits
+    queries, keys = regroup(found[0], q_lengths), regroup(found[1], kv_lengths)
+    items, n, m = len(offset), q.shape[1], k.shape[1]
+    # numbers that ascend from slot to slot, item after item: by cluster, then position
+    step = m + 1
+    count = 1 + int(max(found[0].max(initial=0), found[1].max(initial=0)))
+    base = np.arange(items)[:, None] * (count + 1) * step
+    number = np.where(keys.token >= 0, keys.label * step + keys.token, count * step) + base
+
+    def rank(target: np.ndarray) -> np.ndarray:
+        """Count the keys of an item that come before the number `target`."""
+        return np.searchsorted(number.ravel(), (target + base).ravel()).reshape(
+            target.shape) - np.arange(items)[:, None] * m
+
+    label = np.maximum(queries.label, 0)
+    position = np.clip(queries.token + offset[:, None], -1, m - 1)
+    here = rank(label * step + position + 1)
+    first = np.maximum(rank(label * step), here - size)
+    stop = here if causal else np.minimum(rank((label + 1) * step), here + size)
+    stop = np.where(queries.token >= 0, stop, 0)
+    mask = rounds((Round(Listing(queries.token), Listing(keys.token),
+                         between(first[..., None], stop[..., None], m)),), items, n, m)
+    return softmax.forward(*(xp.expand_dims(x, axis=1) for x in (q, k, v)), mask=mask,
+                           alignment="top_left", q_lengths=q_lengths, kv_lengths=kv_lengths,
+                           **options)
+
+
+def _top(xp: Any, q: Array, k: Array, v: Array, found: list[np.ndarray],
+         limits: list[np.ndarray], size: int, causal: bool, reference: bool,
+         options: dict[str, Any]) -> tuple[Any, Any]:
+    """Let the queries of each cluster see its keys; return the mean over a query's clusters."""
+    queries, keys = found
+    items, count, _ = queries.shape
+    flat = [_flat_lists(x) for x in found]
+    taken = [arrays.reshape(xp, take_tokens(x, lists), (items * count, 1, size, x.shape[-1]))
+             for x, lists in ((q, flat[0]), (k, flat[1]), (v, flat[1]))]
+    mask = None
+    if causal:
+        position = queries + limits[2][:, None, None]
+        stop = np.arange(1, size + 1) + np.zeros_like(queries)
+        if not reference:
+            # how many of the cluster's keys do not stand later
+            later = np.where(keys < 0, k.shape[1], keys)[..., None, :] > position[..., :, None]
+            stop = size - np.count_nonzero(later, axis=-1)
+        stop = np.where(queries >= 0, stop, 0).reshape(items * count, size, 1)
+        mask = between(np.zeros_like(stop), stop, size)
+    lengths = [np.count_nonzero(x >= 0, axis=-1).reshape(-1) for x in found]
+    out, attended = softmax.forward(*taken, mask=mask, q_lengths=lengths[0],
+                                    kv_lengths=lengths[1], alignment="top_left", **options)
+    spread = spread_tokens(arrays.reshape(xp, out, (items, count * size, v.shape[-1])), flat[0],
+                           q.shape[1])
+    return _divided(xp, spread, flat[0]), attended
+
+
+def _divided(xp: Any, x: Array, lists: np.ndarray) -> Array:
+    """Divide tokens (I, N, D) by how often they are listed."""
+    items, n, _ = x.shape
+    times = np.zeros((items, n + 1), np.int64)
+    np.add.at(times, (np.arange(items)[:, None], lists), 1)
+    times = np.maximum(times[:, :n], 1)[..., None]
+    return arrays.cast(xp, x / xp.astype(arrays.from_host(xp, times, arrays.device(x)), x.dtype),
+                       x.dtype)
