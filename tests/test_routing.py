@@ -101,7 +101,8 @@ CASES = [
 
 @pytest.mark.parametrize("backend", ["cpu", "array_api"])
 @pytest.mark.parametrize(("n", "m", "size", "heads", "groups"), [
-    (1, 1, 1, 1, 1), (33, 33, 8, 2, 2), (100, 100, 70, 2, 1), (40, 90, 16, 4, 2), (90, 40, 5, 1, 1)])
+    (1, 1, 1, 1, 1), (33, 33, 8, 2, 2), (100, 100, 70, 2, 1), (40, 90, 16, 4, 2),
+    (90, 40, 5, 1, 1)])
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_forward_and_backward(options, n, m, size, heads, groups, backend):
     q, k, v = (draw((2, h, length, width), seed) for seed, (h, length, width) in enumerate(

@@ -210,8 +210,9 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
     attend = _assign if mode == "assign" else _top
     out, attended = attend(xp, queries, keys, values, found, limits, cluster_size,
                            causal is not False, reference, options)
-    saved = RoutingSaved(attended, q, k, v, centroids, saved_q, saved_k,
-                         *(x.reshape(*batch, heads, *x.shape[1:]) for x in found), mode)
+    clusters, key_clusters = (x.reshape(*batch, heads, *x.shape[1:]) for x in found)
+    saved = RoutingSaved(attended, q, k, v, centroids, saved_q, saved_k, clusters, key_clusters,
+                         mode)
     shape = (*batch, heads, n)
     if return_lse:
         return (arrays.reshape(xp, out[0], (*shape, v.shape[-1])),
