@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 from numba.np.numpy_support import from_dtype
@@ -52,6 +53,21 @@ def store(context, place, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, value), write
+
+
+@intrinsic
+def prefetch(context, place):
+    """Ask for the cache line at address `place`, which need not exist, to be brought near."""
+    def ask(context, builder, signature, values):
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte] + [number] * 3),
+            "llvm.prefetch.p0")
+        read, keep, data = number(0), number(3), number(1)
+        builder.call(function, [builder.inttoptr(values[0], byte), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), ask
 
 
 @intrinsic

@@ -46,6 +46,7 @@ from .packing import (
     NOWHERE,
     TILE,
     convert_strip,
+    expect_result,
     lse_place,
     pack_tile,
     put_back,
@@ -209,6 +210,7 @@ def finish_tile(job, b, h, t, space, first, scratch, unit):
     q = scratch + job.back.dk
     products, factors = scratch + job.back.row, scratch + job.back.kept
     dscale = 0.0
+    expect_result(job.dq, job.q, b, h, t * TILE, rows, job.d)
     if live > 0:
         convert_strip(job.q, b, h, t, 0, job.d, job.d_padded, one, q, job.d_padded, unit, unit)
         row_dots(sums, q, job.d_padded, live, job.d_padded, products, unit)
@@ -265,6 +267,8 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
                 strange_k = pack_tile(job.k, b, g, t, k_rows, k_columns,
                                       k_pairs if job.fold > 1 else NOWHERE, unit, operand)
                 pack_tile(job.v, b, g, t, NOWHERE, v_columns, NOWHERE, unit, operand)
+                expect_result(job.dk, job.k, b, g, t * TILE, count, job.d)
+                expect_result(job.dv, job.v, b, g, t * TILE, count, job.e)
                 packed = True
             rows = min(TILE, queries - tile * TILE)
             place = head * job.row_tiles + tile - first

@@ -30,7 +30,7 @@ from .masking import (
     next_tiles,
     runs_of,
 )
-from .packing import NOWHERE, TILE, pack_tile, put_back, token_at
+from .packing import NOWHERE, TILE, expect_result, pack_tile, put_back, token_at
 from .terms import add_terms, cap_scores, clear, dropout_row, term_row
 from .vector import (
     enter_tiles,
@@ -109,6 +109,7 @@ def attend(job, b, h, t, k_at, v_at, notes, strange_group, scratch, unit, operan
     keys = np.int64(load(job.k.lengths + 4 * b, np.int32(0)))
     key_tiles = -(-keys // TILE) if rows > 0 else 0
     if rows > 0:
+        expect_result(job.out, job.q, b, h, t * TILE, rows, job.e)
         pack_tile(job.q, b, h, t, q, NOWHERE, NOWHERE, unit, operand)
     step = np.int64(0)
     changed = job.softcap > 0 or job.bias.at or job.offsets or job.gate.at

@@ -17,11 +17,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..compile import kernel, part
-from .access import fetch_add, load, numbers, pack_at, rounded, store
+from .access import fetch_add, load, numbers, pack_at, prefetch, rounded, store
 from .vector import convert_rows, pair_rows, transpose, write_rows
 
 TILE = np.int64(64)
 NOWHERE = np.int64(0)
+LINE = np.int64(64)
 NO_TOKEN, ONE_TOKEN = np.int64(-1), np.int64(1)
 AT_ONCE = np.int64(4)
 """A thread takes so many tiles at a time, some two microseconds."""
@@ -79,6 +80,8 @@ def pack_tile(pack, b, h, t, rows, columns, pairs, unit, operand):
     scale = load(pack.scale + h * size_of(unit), unit) if pack.scale else rounded(1.0, unit)
     across = pack.padded if rows else TILE
     strange = False
+    expect_rows(pack, pack.at + b // pack.items * pack.b + h * pack.h, pack.n,
+                pack.width * pack.d, b, h, t * TILE, TILE)
     for x in range(0, pack.padded, TILE):
         wide = min(TILE, pack.padded - x)
         count = max(np.int64(0), min(TILE, pack.width - x))
@@ -139,6 +142,16 @@ def even_run(pack, b, h, t, start, first, unit):
 
 
 @part
+def expect_rows(pack, base, stride, nbytes, b, h, i, count):
+    """Have rows from anywhere, those of the tokens that stand from `i` on, brought near."""
+    if pack.index:
+        for r in range(i, min(i + count, pack.length)):
+            row = base + max(NOWHERE, token_at(pack, b, h, r)) * stride
+            for x in range(0, nbytes, LINE):
+                prefetch(row + x)
+
+
+@part
 def row_token(pack, b, h, i, unit):
     """Return which token row `i` is; -1 if it is beyond the length, or of an lse of -inf."""
     if i >= min(load(pack.lengths + 4 * b, np.int32(0)), pack.length):
@@ -167,6 +180,13 @@ def token_at(pack, b, h, i):
     if not pack.index:
         return i
     return np.int64(load(pack.index + b * pack.index_b + h * pack.index_h + 4 * i, np.int32(0)))
+
+
+@part
+def expect_result(result, pack, b, h, i, count, width):
+    """Have the rows that `put_back` will write to brought near."""
+    expect_rows(pack, result.at + b // pack.items * result.b + h * result.h, result.n,
+                width * result.size, b, h, i, count)
 
 
 @part
