@@ -1,9 +1,9 @@
 """Real images: a Swin encoder learns scikit-learn's digits from our backward alone.
 
-The first half of the set is trained on and the second is the test, as in scikit-learn's own
-example. They are by different writers. The encoder has one stage: patch merging mixes neighbours
-as well, so that with it a network without attention is not much worse. The encoder's shape and the
-length of training were chosen by looking at this same test half, so its figures flatter a little.
+The second half of the set is trained on and the first is the test; they are by different writers.
+The encoder's shape and the length of training were chosen on the halves the other way round, so
+nothing was fitted to this test. The encoder has one stage: patch merging mixes neighbours as well,
+so that with it a network without attention is not much worse.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def logits(params: dict[str, Any], images: np.ndarray) -> tuple[np.ndarray, Any]
 
 
 def accuracy_of_swin(train: np.ndarray, classes: np.ndarray, test: np.ndarray, right: np.ndarray,
-                     *, ablated: bool) -> float:
-    rng = np.random.default_rng(0)
+                     *, ablated: bool, seed: int = 0) -> float:
+    rng = np.random.default_rng(seed)
     params = {"encoder": init_swin(rng, image=(SIDE, SIDE), channels=1, patch=ENCODER["patch"],
                                    width=WIDTH, depths=DEPTHS, num_heads=ENCODER["num_heads"],
                                    window=ENCODER["window"]),
@@ -94,10 +94,10 @@ def test_swin_learns_the_digits(record_property):
     pixels, classes = digits.images / 16, digits.target
     half = len(classes) // 2
     flat = pixels.reshape(len(pixels), -1)
-    logistic = max(LogisticRegression(C=c, max_iter=5000).fit(flat[:half], classes[:half])
-                   .score(flat[half:], classes[half:]) for c in (0.1, 1, 10))
+    logistic = max(LogisticRegression(C=c, max_iter=5000).fit(flat[half:], classes[half:])
+                   .score(flat[:half], classes[:half]) for c in (0.1, 1, 10))
     images = ndimage.zoom(pixels, (1, 4, 4), order=1).astype(np.float32)
-    whole, ablated = (accuracy_of_swin(images[:half], classes[:half], images[half:], classes[half:],
+    whole, ablated = (accuracy_of_swin(images[half:], classes[half:], images[:half], classes[:half],
                                        ablated=ablated) for ablated in (False, True))
     for name, value in (("swin", whole), ("without attention", ablated), ("logistic", logistic)):
         record_property(name, value)
