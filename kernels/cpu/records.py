@@ -79,3 +79,25 @@ DELTA = _record("size kind heads n e e_padded "
 
 BOX = _record("state done kernel place queue units scratch posted")
 """What a helper who is awake is asked to do; see jit/waiting.py."""
+
+LISTED = _record("at b h n kind")
+"""Rows of an array, contiguous each: address, strides, and its numbers."""
+
+EDGES = np.dtype([
+    *_record("size lanes heads groups n m d e d_padded e_padded "
+             "runs chunks rows "        # int64 (runs, 5): item, group, first head, heads, list
+             "start key").descr,        # int64 (lists, n + 1) and int32: see pyattn.engines.edges
+    ("q", LISTED), ("k", LISTED), ("v", LISTED), ("out", LISTED), ("dout", LISTED),
+    *_record("lse dlse bias bias_b bias_h").descr,
+    ("scale", "f8"), ("softcap", "f8"),
+    *_record("at_q at_dout at_out at_scores at_dscores at_slopes at_words at_list at_tops at_sums "
+             "at_decays at_factors scratch "
+             # from here on for the backward alone
+             "dbias dbias_b dbias_h "
+             "kept kept_at "            # per edge of a run: weight and gradient of each head; and
+                                        # int64 (runs,): where those of edge 0 of all would be
+             "pair_runs "               # int64 (batch * groups + 1,): the runs of each
+             "columns query edge").descr,   # the lists by key
+    ("dq", LISTED), ("dk", LISTED), ("dv", LISTED),
+])
+"""Lists of keys for each query: see jit/edges.py."""

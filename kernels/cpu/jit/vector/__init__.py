@@ -14,6 +14,7 @@ Products:
     leave_tiles      after a thread multiplies: some CPUs' products need a state of their own
     dots             C[r, j] = sum_d A[r, d] B[j, d], B of any dtype read where it lies
     accumulate_rows  acc[r, :] += sum_j p[r, j] values[j, :], values of any dtype where they lie
+    dots_listed, accumulate_listed    the same with rows index[j] of B and of the values
 
 Rows of scores and of sums, in place but for `lane_sums` and `row_dots`:
 
@@ -46,7 +47,7 @@ from types import SimpleNamespace
 from numba.extending import intrinsic
 
 from ...host import dot_product, vector_bytes
-from . import layout, products, rows, tiles
+from . import layout, listed, products, rows, tiles
 from .emit import typed
 
 
@@ -80,6 +81,16 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
     def accumulate_rows(context, rows, count, width, p, p_row, values, values_row, kind, acc,
                         acc_row, unit):
         return typed(products.accumulate_rows, nbytes, "-", "iiiiiiiiii", unit)
+
+    @intrinsic
+    def dots_listed(context, rows, columns, depth, a, a_row, b, b_row, index, kind, c, c_row,
+                    unit):
+        return typed(listed.dots_listed, nbytes, "-", "iiiiiiiiiii", unit)
+
+    @intrinsic
+    def accumulate_listed(context, rows, count, width, p, p_row, values, values_row, index, kind,
+                          acc, acc_row, unit):
+        return typed(listed.accumulate_listed, nbytes, "-", "iiiiiiiiiii", unit)
 
     @intrinsic
     def weigh(context, scores, row, count, tiles, words, words_row, gates, tops, sums, decays,
@@ -142,7 +153,8 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
 
     return SimpleNamespace(
         gemm=gemm, multiply=multiply, enter_tiles=enter_tiles, leave_tiles=leave_tiles, dots=dots,
-        accumulate_rows=accumulate_rows, weigh=weigh, differentiate=differentiate,
+        accumulate_rows=accumulate_rows, dots_listed=dots_listed,
+        accumulate_listed=accumulate_listed, weigh=weigh, differentiate=differentiate,
         exp_rows=exp_rows, scale_rows=scale_rows, lane_sums=lane_sums, row_dots=row_dots,
         soft_cap=soft_cap, select=select, convert_rows=convert_rows, write_rows=write_rows,
         transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
@@ -152,6 +164,7 @@ _host = micro_kernels(vector_bytes(), dot_product() or "widened")
 gemm, multiply = _host.gemm, _host.multiply
 enter_tiles, leave_tiles = _host.enter_tiles, _host.leave_tiles
 dots, accumulate_rows = _host.dots, _host.accumulate_rows
+dots_listed, accumulate_listed = _host.dots_listed, _host.accumulate_listed
 weigh, differentiate, exp_rows = _host.weigh, _host.differentiate, _host.exp_rows
 scale_rows, lane_sums, row_dots = _host.scale_rows, _host.lane_sums, _host.row_dots
 soft_cap, select = _host.soft_cap, _host.select
