@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .variants.coarse_fine import coarse_fine_attention
     from .variants.cross_modal import cross_modal_attention
     from .variants.global_local import global_local_attention
+    from .variants.graph import gat_attention, graph_attention
     from .variants.local_2d import local_attention_2d
     from .variants.longformer import longformer_attention
     from .variants.lsh import lsh_attention
@@ -47,7 +48,9 @@ VARIANTS = {
     "blockbert_attention": "variants.blockbert",
     "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
+    "gat_attention": "variants.graph",
     "global_local_attention": "variants.global_local",
+    "graph_attention": "variants.graph",
     "local_attention_2d": "variants.local_2d",
     "longformer_attention": "variants.longformer",
     "lsh_attention": "variants.lsh",

@@ -22,6 +22,7 @@ CORE = """
     axial_attention temporal_attention swin_attention
     longformer_attention coarse_fine_attention
     lsh_attention routing_attention
+    graph_attention gat_attention top_k_attention bp_attention
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError
@@ -123,6 +124,10 @@ def test_call_and_forward_have_one_signature(operation):
 
 
 NEEDED = {
+    "bp_attention": {"step": 1},
+    "gat_attention": {"graph": None},
+    "graph_attention": {"graph": None},
+    "top_k_attention": {"top": 1},
     "axial_attention": {"shape": (1, 2)},
     "block_diagonal_attention": {"block_size": 1},
     "blockbert_attention": {"num_blocks": 1},

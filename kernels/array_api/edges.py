@@ -185,7 +185,7 @@ def _width(problem: Any) -> int:
 
 def backward(problem: Any, dout: Array, out: Array, lse: Array,
              dlse: Array | None) -> dict[str, Array]:
-    """Gradients of q, k and v where given, and of the bias as (B, H, edges)."""
+    """Gradients of q, k and v where given, and of the bias as (copies, H, edges)."""
     p, xp = problem, namespace(problem.v)
     acc, (batch, heads) = lse.dtype, p.edges.owner.shape
     n, groups, m = p.edges.start.shape[1] - 1, p.v.shape[1], p.v.shape[2]
@@ -196,7 +196,8 @@ def backward(problem: Any, dout: Array, out: Array, lse: Array,
     with np.errstate(all="ignore"):
         delta = xp.sum(xp.astype(dout, acc) * xp.astype(out, acc), axis=-1)
         delta = delta if dlse is None else delta - dlse
-        dq, dbias = [], []
+        dq: list[Array] = []
+        dbias: dict[tuple[int, int, int], Array] = {}
         d = 0 if p.q is None else p.q.shape[3]
         dk = [[zeros(m, d) for _ in range(groups)] for _ in range(batch)]
         dv = [[zeros(m, p.v.shape[3]) for _ in range(groups)] for _ in range(batch)]
@@ -204,11 +205,9 @@ def backward(problem: Any, dout: Array, out: Array, lse: Array,
             kept, kept_at, allowed_at, dq_run = _by_query(run, dout, lse, delta, d, zeros)
             dq.append(dq_run)
             if p.bias is not None:
-                first, last = int(run.start[0]), int(run.start[-1])
-                dbias.append(xp.concat([
-                    zeros(run.shared, first),
-                    xp.matrix_transpose(xp.take(kept[2], run.index(kept_at), axis=0)),
-                    zeros(run.shared, len(p.edges.key) - last)], axis=1))
+                ds = xp.take(kept[2], run.index(kept_at), axis=0)
+                for r in range(run.shared):
+                    dbias[run.item % p.copies, run.heads.start + r, run.number] = ds[:, r]
             more_k, more_v = _by_key(run, dout, kept, kept_at, allowed_at, m)
             dk[run.item][run.group] = dk[run.item][run.group] + more_k
             dv[run.item][run.group] = dv[run.item][run.group] + more_v
@@ -217,9 +216,12 @@ def backward(problem: Any, dout: Array, out: Array, lse: Array,
         found["q"] = xp.reshape(xp.concat([zeros(0, n, d), *dq], axis=0), p.q.shape)
         found["k"] = _stacked(xp, dk, zeros(0, m, d), p.k.shape)
     if p.bias is not None:
-        total = len(p.edges.key)
-        found["bias"] = xp.reshape(xp.concat([zeros(0, total), *dbias], axis=0),
-                                   (batch, heads, total))
+        # one after another, as the lists lie
+        parts = [dbias.get((b, h, l), zeros(int(start[-1] - start[0])))
+                 for b in range(p.copies) for h in range(heads)
+                 for l, start in enumerate(p.edges.start)]
+        found["bias"] = xp.reshape(xp.concat([zeros(0), *parts]),
+                                   (p.copies, heads, len(p.edges.key)))
     return found
 
 

@@ -42,7 +42,7 @@ def forward(problem: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def backward(problem: Any, dout: np.ndarray, out: np.ndarray, lse: np.ndarray,
              dlse: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Return the gradients by argument; that of the bias is (B, H, edges)."""
+    """Return the gradients by argument; that of the bias is (copies, H, edges)."""
     p, job = problem, Job(problem)
     native_dtype = p.v.dtype.newbyteorder("=")
     job.describe("dout", dout)
@@ -57,9 +57,8 @@ def backward(problem: Any, dout: np.ndarray, out: np.ndarray, lse: np.ndarray,
     batch, heads = p.edges.owner.shape
     if p.bias is not None:
         total = len(p.edges.key)
-        found["bias"] = np.zeros((batch, heads, total), job.dtype)
-        job.put("dbias", address(found["bias"]), heads * total * job.dtype.itemsize,
-                total * job.dtype.itemsize)
+        found["bias"] = x = np.zeros((p.copies, heads, total), job.dtype)
+        job.put("dbias", address(x), x.strides[0] * (p.copies > 1), x.strides[1])
     by_key = p.edges.by_key
     counts = p.edges.start[job.runs[:, 4], -1] - p.edges.start[job.runs[:, 4], 0]
     sizes = 2 * job.runs[:, 3] * counts

@@ -90,6 +90,13 @@ class Edges:
         return int(counts[self.owner].sum())
 
     @functools.cached_property
+    def apart(self) -> bool:
+        """Whether no list is read by two items, so that their edges are no one else's."""
+        lists = len(self.start)
+        read = np.unique(np.arange(len(self.owner))[:, None] * lists + self.owner) % max(1, lists)
+        return len(np.unique(read)) == len(read)
+
+    @functools.cached_property
     def query(self) -> np.ndarray:
         """The query of each edge, int32 (edges,)."""
         n = self.start.shape[1] - 1
@@ -140,6 +147,34 @@ class Edges:
                         dtype=np.int64, casting="unsafe")
 
 
+def sums_by_row(x: Array, start: np.ndarray) -> Array:
+    """Return the sums of entries start[i]:start[i + 1] of the last axis, in the dtype of `x`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pyattn.engines.edges import sums_by_row
+    >>> sums_by_row(np.array([[1., 2., 4., 8.]]), np.array([0, 1, 1, 4]))
+    array([[ 1.,  0., 14.]])
+    """
+    from pyattn.kernels.array_api.edges import chunks
+
+    xp, lead = arrays.namespace(x), tuple(x.shape[:-1])
+    place, found = np.zeros(len(start) - 1, np.int64), [xp.zeros_like(x[..., :1])]
+    filled = 1
+    if not x.shape[-1]:
+        return xp.zeros((*lead, len(place)), dtype=x.dtype, device=arrays.device(x))
+    for chunk in chunks(start, math.prod(lead)):
+        index = arrays.from_host(xp, chunk.entry.reshape(-1), arrays.device(x))
+        there = arrays.from_host(xp, chunk.there, arrays.device(x))
+        padded = xp.reshape(xp.take(x, index, axis=-1), (*lead, *chunk.entry.shape))
+        found.append(xp.sum(xp.where(there, padded, xp.zeros_like(padded)), axis=-1))
+        place[chunk.rows] = filled + np.arange(len(chunk.rows))
+        filled += len(chunk.rows)
+    return xp.take(xp.concat(found, axis=-1),
+                   arrays.from_host(xp, place, arrays.device(x)), axis=-1)
+
+
 def offsets(counts: np.ndarray) -> np.ndarray:
     """Return where the entries of each row start, for counts (L, N), int64 (L, N + 1).
 
@@ -166,7 +201,8 @@ class EdgesProblem:
 
     It has ``refuses(problem)``; ``forward(problem)``, which returns out (B, H, N, E) and lse
     (B, H, N); and ``backward(problem, dout, out, lse, dlse)``, which returns gradients by name:
-    those of q, k and v, and that of the bias as (B, H, edges). Numbers as for `problem.Problem`.
+    those of q, k and v, and that of the bias as (copies, H, edges). Numbers as for
+    `problem.Problem`.
     """
 
     q: Array | None
@@ -180,6 +216,12 @@ class EdgesProblem:
     softcap: float | None = None
     bias: Array | None = None
     """(B or 1, H or 1, edges), acc: one number for each entry of `edges.key`; -inf masks."""
+
+    @property
+    def copies(self) -> int:
+        """How many items the gradient of the bias is kept apart for."""
+        shared = self.bias is not None and self.bias.shape[0] == 1 and self.edges.apart
+        return 1 if shared else self.edges.owner.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)
