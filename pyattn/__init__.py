@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .variants.sparse_transformer import sparse_transformer_attention
     from .variants.swin import swin_attention
     from .variants.temporal import temporal_attention
+    from .variants.top_k import top_k_attention
 
 VARIANTS = {
     "attention": "variants.attention",
@@ -60,6 +61,7 @@ VARIANTS = {
     "sparse_transformer_attention": "variants.sparse_transformer",
     "swin_attention": "variants.swin",
     "temporal_attention": "variants.temporal",
+    "top_k_attention": "variants.top_k",
 }
 """The catalogue: every attention function and the module it is written in."""
 

@@ -23,6 +23,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "random_attention": {"num_random": 2, "block_size": 8, "rng": 0},
     "sliding_window_attention": {"window": 16},
     "sparse_transformer_attention": {"stride": 8},
+    "top_k_attention": {"top": 16},
 }
 """Small options for variants of one sequence of any length."""
 
