@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .variants.attention import attention
     from .variants.axial import axial_attention
     from .variants.bigbird import bigbird_attention
+    from .variants.binary_partition import bp_attention
     from .variants.block_diagonal import block_diagonal_attention
     from .variants.blockbert import blockbert_attention
     from .variants.coarse_fine import coarse_fine_attention
@@ -47,6 +48,7 @@ VARIANTS = {
     "bigbird_attention": "variants.bigbird",
     "block_diagonal_attention": "variants.block_diagonal",
     "blockbert_attention": "variants.blockbert",
+    "bp_attention": "variants.binary_partition",
     "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
     "gat_attention": "variants.graph",

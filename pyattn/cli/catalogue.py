@@ -16,6 +16,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "bigbird_attention": {"block_size": 8, "num_random": 1, "rng": 0},
     "block_diagonal_attention": {"block_size": 16},
     "blockbert_attention": {"num_blocks": 2},
+    "bp_attention": {"step": 4},
     "coarse_fine_attention": {"block_size": 8},
     "global_local_attention": {"window": 16, "first": 1},
     "local_attention_2d": {"shape": [1024, 16], "window": 2},
