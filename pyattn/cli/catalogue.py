@@ -16,7 +16,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "bigbird_attention": {"block_size": 8, "num_random": 1, "rng": 0},
     "block_diagonal_attention": {"block_size": 16},
     "blockbert_attention": {"num_blocks": 2},
-    "bp_attention": {"step": 4},
     "coarse_fine_attention": {"block_size": 8},
     "global_local_attention": {"window": 16, "first": 1},
     "local_attention_2d": {"shape": [1024, 16], "window": 2},
@@ -24,7 +23,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "random_attention": {"num_random": 2, "block_size": 8, "rng": 0},
     "sliding_window_attention": {"window": 16},
     "sparse_transformer_attention": {"stride": 8},
-    "top_k_attention": {"top": 16},
 }
 """Small options for variants of one sequence of any length."""
 

@@ -254,16 +254,31 @@ def _timesformer_block(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (draw(2, 13, 4), params), {"frames": 3, "num_heads": 2}
 
 
+def _ring(n: int) -> Any:
+    import scipy.sparse
+
+    return scipy.sparse.diags_array(np.ones((4, n)), offsets=[-1, 1, 1 - n, n - 1], shape=(n, n))
+
+
 _VARIANTS: Calls = {
     "axial_attention": lambda draw: (
         tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
+    "bp_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), draw(10, 4)), {"step": 2, "causal": True}),
     "coarse_fine_attention": lambda draw: (
         tuple(draw(2, 2, 14, 4) for _ in range(3)), {"block_size": 4, "causal": True}),
+    "gat_attention": lambda draw: (
+        (draw(2, 2, 12, 4), draw(2, 4), draw(2, 4), _ring(12)), {}),
+    "graph_attention": lambda draw: (
+        (*(draw(2, 2, 12, 4) for _ in range(3)), _ring(12), draw(3, 2)),
+        {"edge_type": np.arange(24) % 3}),
     "longformer_attention": lambda draw: (
         tuple(draw(2, 2, 12, 4) for _ in range(6)), {"window": 2, "global_index": (0, 7)}),
     "swin_attention": lambda draw: (
         (*(draw(2, 2, 30, 4) for _ in range(3)), draw(25, 2)),
         {"shape": (5, 6), "window": 3, "shift": 1}),
+    "top_k_attention": lambda draw: (
+        tuple(draw(2, 2, 13, 4) for _ in range(3)), {"top": 3, "causal": True}),
 }
 
 _LAYERS: Calls = {
