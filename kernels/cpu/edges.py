@@ -111,7 +111,8 @@ class Job:
             shared * d_padded * size, shared * e_padded * size,
             shared * max(d_padded, e_padded) * size, tile, tile, tile * (p.softcap is not None),
             8 * shared, 4 * (TILE + LISTED_BEHIND), shared * size, shared * lanes * size,
-            shared * size, shared * size))
+            shared * size, max(shared, ROWS) * size, ROWS * d_padded * size,
+            ROWS * e_padded * size))
         self.scratch = scratch
         self.put("at_q", *starts)
 

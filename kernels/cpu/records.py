@@ -91,11 +91,11 @@ EDGES = np.dtype([
     *_record("lse dlse bias bias_b bias_h").descr,
     ("scale", "f8"), ("softcap", "f8"),
     *_record("at_q at_dout at_out at_scores at_dscores at_slopes at_words at_list at_tops at_sums "
-             "at_decays at_factors scratch "
+             "at_decays at_factors at_dk at_dv "
              # from here on for the backward alone
              "dbias dbias_b dbias_h "
-             "kept kept_at "            # per edge of a run: weight and gradient of each head; and
-                                        # int64 (runs,): where those of edge 0 of all would be
+             "kept kept_at "            # weight and score's gradient of each head and edge of a
+                                        # run; and int64 (runs,): where those of a run start
              "pair_runs "               # int64 (batch * groups + 1,): the runs of each
              "columns query edge").descr,   # the lists by key
     ("dq", LISTED), ("dk", LISTED), ("dv", LISTED),

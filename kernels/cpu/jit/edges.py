@@ -204,8 +204,8 @@ def differentiate_row(job, number, i, scratch, unit):
     k = job.k.at + b * job.k.b + g * job.k.h
     v = job.v.at + b * job.v.b + g * job.v.h
     begin = load(job.start + 8 * field(run, 4) * (job.n + 1), np.int64(0))
-    kept = job.kept + (load(job.kept_at + 8 * number, np.int64(0))
-                       + 2 * shared * (first - begin)) * size
+    edges = load(job.start + 8 * (field(run, 4) * (job.n + 1) + job.n), np.int64(0)) - begin
+    kept = job.kept + (load(job.kept_at + 8 * number, np.int64(0)) + 2 * (first - begin)) * size
     for e in range(first, limit, TILE):
         count = min(limit - e, TILE)
         masked = score(job, run, e, count, scratch, unit)
@@ -234,13 +234,13 @@ def differentiate_row(job, number, i, scratch, unit):
             p = numbers(scores + r * TILE * size, count, unit)
             word = load(words + 8 * r, ONE) if masked else ALL
             for x in range(count):
-                at = kept + (2 * (shared * x + r)) * size
+                at = kept + 2 * (r * edges + x) * size
                 weight = p[x]
                 if not (word >> np.uint64(x)) & ONE:
                     weight = rounded(MASKED, unit)
                 store(at, weight)
                 store(at + size, ds[x])
-        kept += 2 * shared * count * size
+        kept += 2 * count * size
         # forward: raw = scale q k
         if job.d:
             add_rows(shared, count, job.d, dscores, words, masked, k, job.k, job.key + 4 * e, dq,
@@ -261,61 +261,65 @@ def by_key(place, queue, units, scratch, unit, operand):
     task = fetch_add(queue, STEP)
     while task < units:
         pair, chunk = divmod(task, chunks)
-        for j in range(chunk * job.rows, min((chunk + 1) * job.rows, job.m)):
-            gather(job, pair, j, scratch, unit)
+        first = chunk * job.rows
+        gather(job, pair, first, min(job.rows, job.m - first), scratch, unit)
         task = fetch_add(queue, STEP)
 
 
 @part
-def gather(job, pair, j, scratch, unit):
-    """Sum up dk and dv of one key."""
+def gather(job, pair, first, keys, scratch, unit):
+    """Sum up dk and dv of some keys, head by head."""
     size = job.size
-    dk, dv = scratch + job.at_q, scratch + job.at_dout
+    dk, dv, factors = scratch + job.at_dk, scratch + job.at_dv, scratch + job.at_factors
     b, g = divmod(pair, job.groups)
-    numbers(dk, job.d_padded, unit)[:] = 0
-    numbers(dv, job.e_padded, unit)[:] = 0
-    first = load(job.pair_runs + 8 * pair, np.int64(0))
-    for number in range(first, load(job.pair_runs + 8 * pair + 8, np.int64(0))):
+    numbers(dk, keys * job.d_padded, unit)[:] = 0
+    numbers(dv, keys * job.e_padded, unit)[:] = 0
+    runs = job.pair_runs + 8 * pair
+    for number in range(load(runs, np.int64(0)), load(runs + 8, np.int64(0))):
         run = job.runs + number * RUN_BYTES
-        place = job.columns + 8 * (field(run, 4) * (job.m + 1) + j)
-        start, limit = load(place, np.int64(0)), load(place + 8, np.int64(0))
+        lists = job.columns + 8 * field(run, 4) * (job.m + 1)
+        edges = load(lists + 8 * job.m, np.int64(0)) - load(lists, np.int64(0))
         kept = job.kept + load(job.kept_at + 8 * number, np.int64(0)) * size
-        for e in range(start, limit, TILE):
-            add_edges(job, run, e, min(limit - e, TILE), kept, scratch, unit)
-    numbers(scratch + job.at_factors, STEP, unit)[:] = rounded(job.scale, unit)
+        for r in range(field(run, 3)):
+            for j in range(keys):
+                place = lists + 8 * (first + j)
+                limit = load(place + 8, np.int64(0))
+                for e in range(load(place, np.int64(0)), limit, TILE):
+                    add_edges(job, b, field(run, 2) + r, e, min(limit - e, TILE), kept,
+                              dk + j * job.d_padded * size, dv + j * job.e_padded * size, scratch,
+                              unit)
+            kept += 2 * edges * size
+    numbers(factors, keys, unit)[:] = rounded(job.scale, unit)
     if job.d:
-        write_rows(dk, job.d_padded, STEP, job.d, scratch + job.at_factors,
-                   job.dk.at + b * job.dk.b + g * job.dk.h + j * job.dk.n, job.dk.n, job.dk.kind,
-                   unit)
-    write_rows(dv, job.e_padded, STEP, job.e, NOWHERE,
-               job.dv.at + b * job.dv.b + g * job.dv.h + j * job.dv.n, job.dv.n, job.dv.kind, unit)
+        write_rows(dk, job.d_padded, keys, job.d, factors,
+                   job.dk.at + b * job.dk.b + g * job.dk.h + first * job.dk.n, job.dk.n,
+                   job.dk.kind, unit)
+    write_rows(dv, job.e_padded, keys, job.e, NOWHERE,
+               job.dv.at + b * job.dv.b + g * job.dv.h + first * job.dv.n, job.dv.n, job.dv.kind,
+               unit)
 
 
 @part
-def add_edges(job, run, e, count, kept, scratch, unit):
-    """Add what up to 64 edges to one key bring it, from each head of a run."""
-    size, shared = job.size, field(run, 3)
-    b, h = field(run, 0), field(run, 2)
+def add_edges(job, b, h, e, count, kept, dk, dv, scratch, unit):
+    """Add what up to 64 edges to one key bring it from one head."""
+    size = job.size
     weights, dscores = scratch + job.at_scores, scratch + job.at_dscores
     p, ds = numbers(weights, TILE, unit), numbers(dscores, TILE, unit)
     short = scratch + job.at_list
-    for r in range(shared):
-        found = np.int64(0)
-        for x in range(count):
-            edge = np.int64(load(job.edge + 4 * (e + x), np.int32(0)))
-            at = kept + 2 * (shared * edge + r) * size
-            weight = load(at, unit)
-            if weight != MASKED:
-                p[found], ds[found] = weight, load(at + size, unit)
-                store(short + 4 * found, load(job.query + 4 * (e + x), np.int32(0)))
-                found += STEP
-        index = job.query + 4 * e if found == count else short
-        # forward: out = p v
-        accumulate_listed(STEP, found, job.e, weights, TILE,
-                          job.dout.at + b * job.dout.b + (h + r) * job.dout.h, job.dout.n, index,
-                          job.dout.kind, scratch + job.at_dout, job.e_padded, unit)
-        # forward: raw = scale q k
-        if job.d:
-            accumulate_listed(STEP, found, job.d, dscores, TILE,
-                              job.q.at + b * job.q.b + (h + r) * job.q.h, job.q.n, index,
-                              job.q.kind, scratch + job.at_q, job.d_padded, unit)
+    found = np.int64(0)
+    for x in range(count):
+        at = kept + 2 * np.int64(load(job.edge + 4 * (e + x), np.int32(0))) * size
+        weight = load(at, unit)
+        if weight != MASKED:
+            p[found], ds[found] = weight, load(at + size, unit)
+            store(short + 4 * found, load(job.query + 4 * (e + x), np.int32(0)))
+            found += STEP
+    # the whole list goes on with the next key's, which are then fetched ahead
+    index = job.query + 4 * e if found == count else short
+    # forward: out = p v
+    accumulate_listed(STEP, found, job.e, weights, TILE, job.dout.at + b * job.dout.b
+                      + h * job.dout.h, job.dout.n, index, job.dout.kind, dv, job.e_padded, unit)
+    # forward: raw = scale q k
+    if job.d:
+        accumulate_listed(STEP, found, job.d, dscores, TILE, job.q.at + b * job.q.b + h * job.q.h,
+                          job.q.n, index, job.q.kind, dk, job.d_padded, unit)
