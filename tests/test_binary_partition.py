@@ -307,7 +307,7 @@ def test_arguments_that_do_not_fit():
         pyattn.bp_attention(q, k, v, step=0)
     with pytest.raises(OptionError, match="causal"):
         pyattn.bp_attention(q, k, v, step=1, causal="top_left")
-    with pytest.raises(ShapeError, match="as many as q"):
+    with pytest.raises(ShapeError, match="as many tokens as q"):
         pyattn.bp_attention(q, k[..., 1:, :], v[..., 1:, :], step=1)
     with pytest.raises(ShapeError, match="multiple of 2 step"):
         pyattn.bp_attention(q, k, v, np.zeros((7, 20)), step=2)

@@ -170,6 +170,10 @@ def test_unsorted_and_repeated_entries():
     types = sp.csr_array((np.array([1, 0, 3]), (row, column)), shape=(9, 9))
     want = pyattn.graph_attention(q, k, v, clean, table, edge_type=types)
     assert np.array_equal(biased, want)
+    # a sparse array of types may store its entries in another order than the graph
+    turned = sp.csr_array((np.ones(3), np.array([5, 2, 0]), np.array([0, 2] + [3] * 8)),
+                          shape=(9, 9))
+    assert np.array_equal(pyattn.graph_attention(q, k, v, turned, table, edge_type=types), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

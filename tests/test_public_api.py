@@ -124,13 +124,10 @@ def test_call_and_forward_have_one_signature(operation):
 
 
 NEEDED = {
-    "bp_attention": {"step": 1},
-    "gat_attention": {"graph": None},
-    "graph_attention": {"graph": None},
-    "top_k_attention": {"top": 1},
     "axial_attention": {"shape": (1, 2)},
     "block_diagonal_attention": {"block_size": 1},
     "blockbert_attention": {"num_blocks": 1},
+    "bp_attention": {"step": 1},
     "coarse_fine_attention": {"block_size": 1},
     "cross_modal_attention": {"modality_lengths": (1, 1)},
     "global_local_attention": {"first": 1},
@@ -142,6 +139,7 @@ NEEDED = {
     "sparse_transformer_attention": {"stride": 1},
     "swin_attention": {"bias_table": np.ones((1, 1)), "shape": (2,), "window": 1},
     "temporal_attention": {"frames": 1},
+    "top_k_attention": {"top": 1},
 }
 """Options that have no default."""
 

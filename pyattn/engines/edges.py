@@ -23,7 +23,7 @@ from ..arrays import Array
 from ..checks import DtypeError, OptionError, ShapeError, require_broadcast, require_real
 from ..differentiable import Saved, gradients
 from .problem import record
-from .softmax import _check_operands, _flat, _unbroadcast
+from .softmax import _flat, require_operands, unbroadcast
 
 
 class ByKey(NamedTuple):
@@ -274,7 +274,7 @@ class EdgesSaved(Saved):
         if dlse is not None:
             dlse = arrays.cast(xp, arrays.reshape(xp, dlse, rows), lse.dtype)
         grads = dispatch.kernel("edges", problem, self.v).backward(problem, dout, out, lse, dlse)
-        found = {name: _unbroadcast(xp, grads[name], x, batch)
+        found = {name: unbroadcast(xp, grads[name], x, batch)
                  for name, x in (("q", self.q), ("k", self.k), ("v", self.v)) if x is not None}
         if self.bias is not None:
             dbias, given = grads["bias"], self.bias.shape
@@ -318,7 +318,7 @@ def forward(q: Array | None, k: Array | None, v: Array, edges: Edges, *,
     named = {"q": q, "k": k, "v": v, "bias": bias}
     xp = arrays.namespace(*named.values())
     arrays.require_same_device(named)
-    batch = _check_operands(v if q is None else q, v if k is None else k, v)
+    batch = require_operands(v if q is None else q, v if k is None else k, v)
     n, (batch_size, heads) = edges.start.shape[1] - 1, edges.owner.shape
     wanted = (batch_size, heads, n, edges.tokens)
     given = (math.prod(batch), *((heads, n) if q is None else q.shape[-3:-1]), v.shape[-2])

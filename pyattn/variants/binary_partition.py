@@ -20,6 +20,7 @@ from ..checks import (
 from ..differentiable import Saved, differentiable, gradients
 from ..engines import edges as engine
 from ..engines.edges import Edges, EdgesSaved
+from ..engines.softmax import require_operands
 from ..features.partition import SpanMeansSaved, partition, span_means
 from ..features.precision import cast_like, widened
 
@@ -183,21 +184,12 @@ def bp_attention(q: Array, k: Array, v: Array, edge_bias: Array | None = None, *
     """
     step = require_integer("step", step, minimum=1)
     causal = require_choice("causal", causal, (False, True))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim < 3:
-            raise ShapeError(f"{name} must have at least 3 axes (..., heads, tokens, width); got "
-                             f"{tuple(x.shape)}")
-    heads, n, d = q.shape[-3:]
-    m = k.shape[-2]
-    if n > m or v.shape[-2] != m:
-        raise ShapeError("k and v must have the same tokens, as many as q at least; got "
-                         f"{n} queries, {m} keys, {v.shape[-2]} values")
+    batch = require_operands(q, k, v)
+    (heads, n, d), m = q.shape[-3:], k.shape[-2]
+    if n > m:
+        raise ShapeError(f"k and v must have as many tokens as q at least; got {n} queries and "
+                         f"{m} keys")
     scale = d ** -0.5 if scale is None else require_real("scale", scale)
-    try:
-        batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    except ValueError:
-        raise ShapeError("the leading axes of q, k and v must broadcast (q "
-                         f"{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})") from None
     lists = lists_of(n, m, step, causal, math.prod(batch), heads)
     bias = None
     if log_size:

@@ -15,6 +15,7 @@ from ..checks import DtypeError, OptionError, ShapeError, require_real
 from ..differentiable import Saved, differentiable, gradients
 from ..engines import edges as engine
 from ..engines.edges import Edges, EdgesSaved, sums_by_row
+from ..engines.softmax import require_operands
 from ..features.precision import cast_like, widened
 from ..masks.algebra import host_array
 
@@ -119,17 +120,9 @@ def graph_attention(q: Array, k: Array, v: Array, graph: Any, bias_table: Array 
     >>> bool(np.allclose(out[0, 3], v[0, 3])), saved.stats["pairs"]
     (True, 7)
     """
-    if q.ndim < 3 or k.ndim < 3:
-        raise ShapeError(f"q and k must have at least 3 axes (..., heads, tokens, width); got q "
-                         f"{tuple(q.shape)}, k {tuple(k.shape)}")
+    batch = math.prod(require_operands(q, k, v))
     if (bias_table is None) != (edge_type is None):
         raise OptionError("bias_table and edge_type must be given both or neither")
-    # an item of the leading axes has a list of its own if there is a sequence of graphs
-    try:
-        batch = math.prod(np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]))
-    except ValueError:
-        raise ShapeError("the leading axes of q, k and v must broadcast (q "
-                         f"{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})") from None
     edges, types = lists_of(graph, batch, q.shape[-3], (q.shape[-2], k.shape[-2]),
                             self_loops=self_loops, edge_type=edge_type)
     bias = None

@@ -23,6 +23,7 @@ from ..differentiable import Saved, differentiable
 from ..engines import edges as engine
 from ..engines.edges import Edges, EdgesSaved
 from ..engines.placement import place
+from ..engines.softmax import require_operands
 from ..features.selection import select_keys
 from ..masks.algebra import host_array
 
@@ -132,20 +133,8 @@ def top_k_attention(q: Array, k: Array, v: Array, *, top: int, threshold: float 
     causal = require_choice("causal", causal, (False, True, "top_left"))
     if threshold is not None:
         threshold = require_real("threshold", threshold)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        arrays.require_float(name, x)
-        if x.ndim < 3:
-            raise ShapeError(f"{name} must have at least 3 axes (..., heads, tokens, width); got "
-                             f"{tuple(x.shape)}")
-    (heads, n, d), (groups, m, _) = q.shape[-3:], k.shape[-3:]
-    if k.shape[-1] != d or (heads % groups if groups else heads):
-        raise ShapeError(f"k must be (..., G, M, {d}) with G a divisor of {heads}; got "
-                         f"{tuple(k.shape)}")
-    try:
-        batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    except ValueError:
-        raise ShapeError("the leading axes of q, k and v must broadcast (q "
-                         f"{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})") from None
+    batch = require_operands(q, k, v)
+    (heads, n, d), m = q.shape[-3:], k.shape[-2]
     scale = d ** -0.5 if scale is None else require_real("scale", scale)
     indices, scored = _given(decisions, (*batch, heads, n), m), 0
     if indices is None:
