@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import array_api_strict
 import ml_dtypes
 import numpy as np
@@ -269,3 +271,14 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(OptionError, match="indices must lie"):
         pyattn.top_k_attention(q, k, v, top=1,
                                decisions={"indices": np.full((2, 4, 70, 1), 90)})
+
+
+def test_no_array_of_all_scores_is_made():
+    x = np.random.default_rng(0).standard_normal((1, 4096, 4), dtype=np.float32)
+    tracemalloc.start()
+    try:
+        pyattn.top_k_attention(x, x, x, top=4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4096 * 4096 * 4 / 2

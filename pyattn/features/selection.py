@@ -14,7 +14,7 @@ from ..arrays import Array
 from ..masks.bits import TILE, unpack
 from ..masks.block_mask import BlockMask
 
-SCORED = 2**21
+SCORED = 2**19
 """Scores that are looked at together, at most, but for one tile of queries."""
 
 
