@@ -108,8 +108,8 @@ def top_k_attention(q: Array, k: Array, v: Array, *, top: int, threshold: float 
 
     Notes
     -----
-    The selection is exact and scores all allowed pairs: O(N M D) time, some 500 thousand scores at a
-    time. Only what follows, and the backward, is O(N top (D + E)). Kept for backward: the
+    The selection is exact and scores all allowed pairs: O(N M D) time, some 500 thousand scores at
+    a time. Only what follows, and the backward, is O(N top (D + E)). Kept for backward: the
     arguments, the lists, the output and the log-sum-exp. The selection has no gradient, so pairs
     that are not selected have none. A score that is NaN counts as the largest.
 
