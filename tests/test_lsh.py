@@ -32,7 +32,7 @@ def times_met(buckets, length, *, bucket_length, causal=False, reference=False, 
                 seen += [(t, turn) for t in chunks[number - 1]]
             elif reference:
                 last = before[(length - 1) // bucket_length * bucket_length:]
-                seen += [(t, turn - 1 if across else None) for t in last]
+                seen += [(t, (turn - 1) % len(orders)) for t in last]
             elif len(chunks) > 2:
                 seen += [(t, turn) for t in chunks[-1]]
             elif len(chunks) == 2:
@@ -86,6 +86,7 @@ OPTIONS = [
     {"reference": True, "causal": True},
     {"reference": True, "deduplicate": True},
     {"reference": True, "attend_across_buckets": False},
+    {"reference": True, "attend_across_buckets": False, "num_rounds": 1},
     {"scale": 0.25},
 ]
 
@@ -98,14 +99,16 @@ def test_forward_and_backward(options, n, bucket_length, backend):
     rng = np.random.default_rng(n)
     lengths = np.array([n, rng.integers(0, n + 1)])
     qk, v, dout = draw((2, 3, n, 6)), draw((2, 3, n, 5), 1), draw((2, 3, n, 5), 2)
-    buckets = rng.integers(0, max(1, n // bucket_length) + 1, (2, 3, 3, n))
+    options = {"num_rounds": 3, **options}
+    buckets = rng.integers(0, max(1, n // bucket_length) + 1, (2, 3, options["num_rounds"], n))
     with pyattn.use_backend(backend):
         out, saved = pyattn.lsh_attention.forward(
-            qk, v, bucket_length=bucket_length, num_rounds=3, kv_lengths=lengths,
-            decisions={"buckets": buckets}, **options)
+            qk, v, bucket_length=bucket_length, kv_lengths=lengths, decisions={"buckets": buckets},
+            **options)
         found = saved.backward(dout)
     names = {"attend_across_buckets": "across"}
-    rules = {names.get(name, name): x for name, x in options.items() if name != "scale"}
+    rules = {names.get(name, name): x for name, x in options.items()
+             if name not in ("scale", "num_rounds")}
     for b, h in np.ndindex(2, 3):
         met = times_met(buckets[b, h], lengths[b], bucket_length=bucket_length, **rules)
         want, backward = dense(qk[b, h], v[b, h], met, options.get("scale", 1.0))
@@ -194,9 +197,11 @@ def test_hashing_by_the_definition():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_nothing_is_too_odd(causal):
-    for shape in ((0, 2, 5, 4), (1, 2, 0, 4), (2, 1, 1, 4)):
+    for shape, reference in itertools.product(((0, 2, 5, 4), (1, 2, 0, 4), (2, 1, 1, 4)),
+                                              (False, True)):
         x = np.ones(shape)
-        out, saved = pyattn.lsh_attention.forward(x, x, causal=causal, rng=0)
+        out, saved = pyattn.lsh_attention.forward(x, x, causal=causal, reference=reference,
+                                                  bucket_length=10**12, rng=0)
         assert saved.backward(out).qk.shape == shape
     same = np.ones((1, 200, 4), np.float32)         # all in one bucket
     out, saved = pyattn.lsh_attention.forward(same, same, causal=causal, rng=0, bucket_length=16)

@@ -150,6 +150,8 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
             raise ShapeError(f"{name} must be (..., H, N, width) with the leading axes, heads and "
                              f"tokens of qk; got qk {tuple(qk.shape)}, v {tuple(v.shape)}")
     *batch, heads, n, _width = qk.shape
+    # a longer chunk holds no more
+    bucket_length = min(bucket_length, max(1, n))
     xp = arrays.namespace(qk, v)
     generator = np.random.default_rng(rng)
     decisions = dict(decisions or {})
@@ -218,9 +220,10 @@ def _rounds(buckets: np.ndarray, lengths: np.ndarray, bucket_length: int, *, str
     pairs = [_last_members(order, bucket_length) if strict else
              _chunks(order, lengths, bucket_length, across=across, wrap=not reference)
              for order in orders]
-    if reference and not strict and across:
-        pairs += [_round_before(orders[turn], orders[turn - 1], lengths, bucket_length)
-                  for turn in range(count)]
+    # buckets of different rounds are different ones, but one round comes before itself
+    if reference and not strict and n and (across or count == 1):
+        pairs += [_round_before(orders[turn], orders[turn - 1], lengths, bucket_length,
+                                across=across) for turn in range(count)]
     parts = [between(part.first, part.stop, part.keys.token.shape[1]) for part in pairs]
     for number, (part, own) in enumerate(zip(parts, pairs, strict=True)):
         before = pairs[:number] if deduplicate else []
@@ -278,8 +281,12 @@ def _chunks(order: Regrouped, lengths: np.ndarray, size: int, *, across: bool,
                   np.where(held[..., None], np.stack([stop, end], axis=-1), 0))
 
 
-def _round_before(order: Regrouped, other: Regrouped, lengths: np.ndarray, size: int) -> _Pairs:
-    """The first chunk of a round meets the last chunk of the round before."""
+def _round_before(order: Regrouped, other: Regrouped, lengths: np.ndarray, size: int, *,
+                  across: bool) -> _Pairs:
+    """The first chunk of a round meets the last chunk of the round before.
+
+    If not across buckets, the round before is the same.
+    """
     items = np.arange(len(lengths))[:, None]
     count = np.where(lengths > 0, (lengths - 1) % size + 1, 0)
     place = np.arange(size)
@@ -288,7 +295,11 @@ def _round_before(order: Regrouped, other: Regrouped, lengths: np.ndarray, size:
                             np.where(held, 0, -1), order.tokens)
                   for source, at, held in (
                       (other, slot, slot >= 0),
-                      (order, np.minimum(place, max(order.token.shape[1] - 1, 0))[None],
-                       place < np.minimum(lengths, size)[:, None])))
-    stop = np.where(head.token >= 0, count[:, None], 0)
-    return _Pairs(head, last, np.zeros_like(stop)[..., None], stop[..., None])
+                      (order, place[None], place < np.minimum(lengths, size)[:, None])))
+    first, stop = np.zeros_like(head.token, np.int64), count[:, None]
+    if not across:
+        begin = (lengths - count)[:, None]
+        first = np.maximum(order.first[:, :size] - begin, 0)
+        stop = np.minimum(order.stop[:, :size] - begin, stop)
+    stop = np.where(head.token >= 0, stop, 0)
+    return _Pairs(head, last, first[..., None], stop[..., None])
