@@ -61,6 +61,10 @@ def gradients(names: tuple[str, ...]) -> type:
     return collections.namedtuple("Gradients", names)
 
 
+ON_HOST = {"on_host": True}
+"""Metadata of a field with decisions, which `Saved.to` leaves on the host."""
+
+
 class Saved:
     """What a forward keeps for its backward. Subclasses are frozen dataclasses."""
 
@@ -77,7 +81,7 @@ class Saved:
     def to(self, xp: Any) -> Any:
         """Return the same record with every array in namespace `xp` (a copy, asked for).
 
-        `xp` is a module such as ``numpy``, ``torch`` or ``cupy``.
+        Decisions stay on the host. `xp` is a module such as ``numpy``, ``torch`` or ``cupy``.
         """
         return _converted(self, xp)
 
@@ -102,7 +106,9 @@ def _converted(value: Any, xp: Any) -> Any:
     if array_api_compat.is_array_api_obj(value):
         return arrays.from_host(xp, arrays.to_host(value))
     if isinstance(value, Saved):
-        moved = {name: _converted(field, xp) for name, field in _fields(value)}
+        moved = {field.name: _converted(getattr(value, field.name), xp)
+                 for field in dataclasses.fields(cast("Any", value))
+                 if not field.metadata.get("on_host")}
         return dataclasses.replace(cast("Any", value), **moved)
     if isinstance(value, dict):
         return {name: _converted(item, xp) for name, item in value.items()}
