@@ -264,7 +264,15 @@ def test_pairs_grow_with_the_length():
     ({"causal": "top_left"}, pyattn.OptionError, "causal"),
     ({"decisions": {"buckets": np.zeros((1, 1, 4), int)}}, pyattn.ShapeError, "buckets"),
     ({"num_rounds": 1, "decisions": {"buckets": np.full((1, 1, 8), -1)}}, pyattn.OptionError,
-     "not negative"),
+     "must lie in 0"),
+    ({"num_rounds": 1, "decisions": {"buckets": np.full((1, 1, 8), 2**31)}}, pyattn.OptionError,
+     "must lie in 0"),
+    ({"num_rounds": 1, "decisions": {"buckets": np.zeros((1, 1, 8))}}, pyattn.DtypeError,
+     "integers"),
+    ({"reference": "yes"}, pyattn.OptionError, "reference"),
+    ({"deduplicate": "yes"}, pyattn.OptionError, "deduplicate"),
+    ({"attend_across_buckets": "no"}, pyattn.OptionError, "attend_across_buckets"),
+    ({"kv_lengths": 9}, pyattn.ShapeError, "kv_lengths"),
     ({"decisions": {"clusters": 1}}, pyattn.OptionError, "decisions"),
 ], ids=str)
 def test_errors(options, error, says):
@@ -273,6 +281,31 @@ def test_errors(options, error, says):
         pyattn.lsh_attention(x, x, **options)
 
 
-def test_shapes_must_agree():
-    with pytest.raises(pyattn.ShapeError, match="v must be"):
-        pyattn.lsh_attention(np.ones((1, 8, 4)), np.ones((1, 7, 4)))
+def test_operands_must_agree():
+    x = np.ones((1, 8, 4))
+    for qk, v, error, says in (
+            (x, x[:, :7], pyattn.ShapeError, "v must be"),
+            (x[..., :0], x, pyattn.ShapeError, "qk must be"),
+            (x, x[..., :0], pyattn.ShapeError, "v must be"),
+            (x.astype(int), x, pyattn.DtypeError, "qk must be one of"),
+            (x, x.astype("f"), pyattn.DtypeError, "qk and v must share"),
+            (x.tolist(), x, pyattn.DtypeError, "an array is needed")):
+        with pytest.raises(error, match=says):
+            pyattn.lsh_attention(qk, v)
+
+
+@pytest.mark.parametrize("library", ["torch", "array_api_strict"])
+def test_other_libraries(library):
+    xp = pytest.importorskip(library)
+    qk, v = draw((2, 2, 50, 8)), draw((2, 2, 50, 8), 1)
+    options = {"num_rounds": 2, "bucket_length": 8, "num_buckets": (2, 4), "causal": True}
+    want, kept = pyattn.lsh_attention.forward(qk, v, rng=0, **options)
+    out, saved = pyattn.lsh_attention.forward(xp.asarray(qk), xp.asarray(v), rng=0, **options)
+    np.testing.assert_allclose(np.asarray(out), want, atol=1e-12)
+    np.testing.assert_array_equal(saved.decisions["buckets"], kept.decisions["buckets"])
+    moved = kept.to(xp)
+    assert type(moved.decisions["buckets"]) is np.ndarray
+    for own, other, exact in zip(saved.backward(out), moved.backward(out), kept.backward(want),
+                                 strict=True):
+        np.testing.assert_allclose(np.asarray(own), exact, atol=1e-12)
+        np.testing.assert_allclose(np.asarray(other), exact, atol=1e-12)

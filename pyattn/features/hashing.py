@@ -90,10 +90,11 @@ def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, r
     step = max(1, AT_ONCE // max(1, halves))
     for b, h, turn in np.ndindex(*buckets.shape[:3]):
         for at in range(0, n, step):
-            tokens = arrays.cast(xp, flat[b, h, at:at + step, :], acc)
-            with np.errstate(invalid="ignore"):
+            stop = min(at + step, n)
+            tokens = arrays.cast(xp, flat[b, h, at:stop, :], acc)
+            with np.errstate(invalid="ignore", over="ignore"):
                 rotated = xp.matmul(tokens, rotations[h, :, turn, :])
-            buckets[b, h, turn, at:at + step] = arrays.to_host(_nearest(xp, rotated, factors))
+            buckets[b, h, turn, at:stop] = arrays.to_host(_nearest(xp, rotated, factors))
     return buckets.reshape(*lead, heads, num_rounds, n)
 
 

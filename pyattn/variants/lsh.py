@@ -10,8 +10,8 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_choice, require_integer
-from ..differentiable import Saved, differentiable, gradients
+from ..checks import DtypeError, OptionError, ShapeError, require_choice, require_integer
+from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import softmax
 from ..engines.placement import place
 from ..features.hashing import lsh_hash, require_buckets
@@ -21,6 +21,8 @@ from ..features.regrouping import Regrouped, regroup
 from ..masks.algebra import host_array
 from ..masks.tiled import Listing, Round, between, rounds
 
+MOST_BUCKETS = 2**31
+
 
 @dataclasses.dataclass(frozen=True)
 class LshSaved(Saved):
@@ -28,7 +30,7 @@ class LshSaved(Saved):
 
     attended: softmax.SoftmaxSaved
     unit: UnitLengthSaved
-    buckets: np.ndarray
+    buckets: np.ndarray = dataclasses.field(metadata=ON_HOST)
 
     @property
     def decisions(self) -> dict[str, Array]:
@@ -121,11 +123,12 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
     -----
     Time O(num_rounds N (bucket_length (D + E) + D num_buckets)), memory O(num_rounds N) beside the
     operands. Kept for backward: the arguments, the keys, the output, the log-sum-exp, each round's
-    order and the bits of its tiles. Buckets are constants of the backward. Different from [1]_: a
-    causal call is strictly so, where the original shows each query its chunk, whose edges later
-    tokens move; a round's first chunk looks back into its own round; a single chunk is not seen
-    twice; and a token sees itself by rule, not by a score of -1e5. `reference` undoes the first
-    three.
+    order and the bits of its tiles. Buckets are constants of the backward. Later tokens of a causal
+    call move where a query's keys are cut into tiles, and so, if anything, its last bit. With
+    padding, an item's chunks are those of the item alone. Different from [1]_: a causal call is
+    strictly so, where the original shows each query its chunk, whose edges later tokens move; a
+    round's first chunk looks back into its own round; a single chunk is not seen twice; and a token
+    sees itself by rule, not by a score of -1e5. `reference` undoes the first three.
 
     References
     ----------
@@ -145,14 +148,21 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
     causal = require_choice("causal", causal, (False, True))
     bucket_length = require_integer("bucket_length", bucket_length, minimum=1)
     num_rounds = require_integer("num_rounds", num_rounds, minimum=1)
+    reference = require_choice("reference", reference, (False, True))
+    across = require_choice("attend_across_buckets", attend_across_buckets, (False, True))
+    deduplicate = require_choice("deduplicate", deduplicate, (False, True))
+    xp = arrays.namespace(qk, v)
+    dtypes = arrays.require_float("qk", qk), arrays.require_float("v", v)
+    if dtypes[0] != dtypes[1]:
+        raise DtypeError("qk and v must share one dtype; got qk {}, v {}".format(*dtypes))
     for name, x in (("qk", qk), ("v", v)):
-        if x.ndim < 3 or x.shape[:-1] != qk.shape[:-1]:
+        if x.ndim < 3 or x.shape[:-1] != qk.shape[:-1] or not x.shape[-1]:
             raise ShapeError(f"{name} must be (..., H, N, width) with the leading axes, heads and "
-                             f"tokens of qk; got qk {tuple(qk.shape)}, v {tuple(v.shape)}")
+                             "tokens of qk, and a width of at least 1; got qk "
+                             f"{tuple(qk.shape)}, v {tuple(v.shape)}")
     *batch, heads, n, _width = qk.shape
     # a longer chunk holds no more
     bucket_length = min(bucket_length, max(1, n))
-    xp = arrays.namespace(qk, v)
     generator = np.random.default_rng(rng)
     decisions = dict(decisions or {})
     buckets = decisions.pop("buckets", None)
@@ -162,12 +172,12 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
         require_buckets(num_buckets)
         buckets = lsh_hash(qk, num_buckets=num_buckets, num_rounds=num_rounds, rng=generator)
     buckets = _check_buckets(buckets, (*batch, heads, num_rounds, n))
-    placement = place(tuple(batch), n, n, "top_left", kv_lengths, kv_lengths, None)
+    placement = place(tuple(batch), n, n, "top_left", None, kv_lengths, None)
     qk = without_padding(qk, kv_lengths)
     lengths = np.repeat(placement.kv_lengths.astype(np.int64), heads)
     listed = _rounds(buckets.reshape(len(lengths), num_rounds, n), lengths, bucket_length,
                      strict=causal and not reference, causal=causal, reference=reference,
-                     across=bool(attend_across_buckets), deduplicate=bool(deduplicate))
+                     across=across, deduplicate=deduplicate)
     keys, unit = unit_length.forward(qk)
     # each head has an order of its own, as items have
     q, k, values = (arrays.reshape(xp, x, (len(lengths), 1, n, x.shape[-1]))
@@ -188,9 +198,11 @@ def _check_buckets(buckets: Any, shape: tuple[int, ...]) -> np.ndarray:
     if buckets.shape != shape:
         raise ShapeError("decisions['buckets'] must be (..., H, num_rounds, N) = "
                          f"{shape}; got {buckets.shape}")
-    if buckets.size and (buckets.dtype.kind not in "iu" or buckets.min() < 0):
-        raise OptionError("decisions['buckets'] must be integers, not negative; got "
-                          f"{buckets.dtype} from {buckets.min()}")
+    if buckets.dtype.kind not in "iu":
+        raise DtypeError(f"decisions['buckets'] must be integers; got {buckets.dtype}")
+    if buckets.size and not (buckets.min() >= 0 and buckets.max() < MOST_BUCKETS):
+        raise OptionError(f"decisions['buckets'] must lie in 0..{MOST_BUCKETS - 1}; got "
+                          f"{buckets.min()}..{buckets.max()}")
     return buckets
 
 
