@@ -207,6 +207,46 @@ def test_nothing_is_too_odd(options):
         assert np.isfinite(other).all()
 
 
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_what_is_not_a_number_stays_where_it_is(options):
+    """No cluster takes such a token for one of its best, if it has others."""
+    x, centroids = draw((1, 60, 4)), draw((1, 6, 4), 1)
+    x[:, 7] = np.nan
+    out, saved = pyattn.routing_attention.forward(x, x, x, centroids, cluster_size=10, **options)
+    if saved.mode == "top":
+        assert np.isfinite(out).all()
+    else:
+        assert np.isnan(out).any(-1).mean() < 0.5
+    x[:] = np.nan
+    out = pyattn.routing_attention(x, x, x, centroids, cluster_size=60, **options)
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("mode", ["assign", "top"])
+@pytest.mark.parametrize("library", ["torch", "array_api_strict"])
+def test_other_libraries(library, mode):
+    xp = pytest.importorskip(library)
+    given = [*(draw((2, 2, 40, 8), seed) for seed in range(3)), draw((2, 5, 8), 3)]
+    options = {"cluster_size": 9, "mode": mode, "causal": True}
+    want, kept = pyattn.routing_attention.forward(*given, **options)
+    out, saved = pyattn.routing_attention.forward(*map(xp.asarray, given), **options)
+    np.testing.assert_allclose(np.asarray(out), want, atol=1e-12)
+    moved = kept.to(xp)
+    assert type(moved.decisions["clusters"]) is np.ndarray
+    for own, other, exact in zip(saved.backward(out), moved.backward(out), kept.backward(want),
+                                 strict=True):
+        np.testing.assert_allclose(np.asarray(own), exact, atol=1e-12)
+        np.testing.assert_allclose(np.asarray(other), exact, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["assign", "top"])
+def test_a_cluster_larger_than_all_takes_no_more(mode):
+    q, k, v = (draw((1, 7, 4), seed) for seed in range(3))
+    outs = [pyattn.routing_attention(q, k, v, draw((1, 2, 4), 3), cluster_size=size, mode=mode)
+            for size in (7, 10**12)]
+    np.testing.assert_array_equal(*outs)
+
+
 @pytest.mark.parametrize("mode", ["assign", "top"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_other_dtypes(dtype, mode):
@@ -260,6 +300,14 @@ def test_tiles_grow_with_the_length():
     ({"mode": "assign", "decisions": {"clusters": np.full((2, 8), 3)}}, pyattn.OptionError,
      "0..2"),
     ({"decisions": {"buckets": 1}}, pyattn.OptionError, "decisions"),
+    ({"decisions": {"clusters": np.tile([1, 0, 2, 3], (2, 3, 1))}}, pyattn.OptionError,
+     "ascending"),
+    ({"decisions": {"clusters": np.tile([0, 0, 2, 3], (2, 3, 1))}}, pyattn.OptionError,
+     "each once"),
+    ({"decisions": {"clusters": np.tile([-1, 0, 2, 3], (2, 3, 1))}}, pyattn.OptionError,
+     "behind them"),
+    ({"kv_lengths": 3, "decisions": {"key_clusters": np.tile([0, 1, 2, 3], (2, 3, 1))}},
+     pyattn.OptionError, "no padding"),
 ], ids=str)
 def test_errors(options, error, says):
     x = np.ones((2, 8, 4))

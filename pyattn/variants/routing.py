@@ -11,7 +11,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..checks import DtypeError, OptionError, ShapeError, require_choice, require_integer
-from ..differentiable import Saved, differentiable, gradients
+from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import softmax
 from ..engines.placement import place
 from ..features.gathering import spread_tokens, take_tokens
@@ -35,9 +35,9 @@ class RoutingSaved(Saved):
     centroids: Array
     normal_q: StandardiseSaved
     normal_k: StandardiseSaved
-    clusters: np.ndarray
-    key_clusters: np.ndarray
     mode: str
+    clusters: np.ndarray = dataclasses.field(metadata=ON_HOST)
+    key_clusters: np.ndarray = dataclasses.field(metadata=ON_HOST)
 
     @property
     def decisions(self) -> dict[str, Array]:
@@ -128,7 +128,8 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
     decisions : dict, optional
         What an earlier call decided, from its ``saved.decisions``: ``clusters`` and
         ``key_clusters``. In mode "assign" each token's, int (..., H, N) and (..., H, M); in mode
-        "top" each cluster's tokens, ascending, int (..., H, C, cluster_size), -1 for none, last.
+        "top" each cluster's tokens, ascending, int (..., H, C, w), -1 for none, last; w is
+        `cluster_size`, or if that is less the larger of N and M.
 
     Returns
     -------
@@ -145,9 +146,11 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
     Time O(N C D + N cluster_size (D + E)), O(N sqrt(N)) for C of sqrt(N) and clusters of as many.
     Memory O(N) beside the operands in mode "assign", O(C cluster_size + block of N C) in mode
     "top". Kept for backward: the arguments, q and k normalised, the output and the log-sum-exp.
-    Clusters are constants of the backward; the gradient of the centroids is 0. Different from
-    [1]_: causality by positions, not ranks; causal calls assign by default, as which tokens are a
-    cluster's top ones is not known before the last; means divide by exact counts.
+    Clusters are constants of the backward; the gradient of the centroids is 0. Later tokens of a
+    causal call in mode "assign" move where keys are cut into tiles, and so, if anything, the last
+    bit. Different from [1]_: causality by positions, not ranks; causal calls assign by default, as
+    which tokens are a cluster's top ones is not known before the last; means divide by exact
+    counts.
 
     References
     ----------
@@ -178,6 +181,8 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
     xp = arrays.namespace(q, k, v, centroids)
     batch = softmax.require_operands(q, k, v)
     heads, n, m = q.shape[-3], q.shape[-2], k.shape[-2]
+    # a larger cluster holds no more
+    cluster_size = min(cluster_size, max(n, m, 1))
     if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != (heads, q.shape[-1]):
         raise ShapeError(f"centroids must be (H, C, D) with H = {heads}, D = {q.shape[-1]}; got "
                          f"{tuple(centroids.shape)}")
@@ -202,7 +207,10 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
         else:
             lists = _check_lists(name, lists, (*batch, heads, *shape), mode,
                                  centroids.shape[1] if mode == "assign" else x.shape[1])
-        found.append(lists.reshape(len(lengths), *shape))
+        lists = lists.reshape(len(lengths), *shape)
+        if mode == "top":
+            _check_order(name, lists, lengths)
+        found.append(lists)
 
     values = _flat(xp, _repeated(xp, wide_v, heads))
     options = {"scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng,
@@ -211,8 +219,8 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
     out, attended = attend(xp, queries, keys, values, found, limits, cluster_size,
                            causal is not False, reference, options)
     clusters, key_clusters = (x.reshape(*batch, heads, *x.shape[1:]) for x in found)
-    saved = RoutingSaved(attended, q, k, v, centroids, saved_q, saved_k, clusters, key_clusters,
-                         mode)
+    saved = RoutingSaved(attended, q, k, v, centroids, saved_q, saved_k, mode, clusters,
+                         key_clusters)
     shape = (*batch, heads, n)
     if return_lse:
         return (arrays.reshape(xp, out[0], (*shape, v.shape[-1])),
@@ -270,7 +278,8 @@ def _decide(xp: Any, x: Array, centroids: Array, lengths: np.ndarray, mode: str,
 
 def _largest(products: np.ndarray, length: int, size: int) -> np.ndarray:
     """Return the columns of the largest of each row, ascending; of equals the first."""
-    products = products[:, :length]
+    # what is not a number is never among the largest, if others are there
+    products = np.where(np.isnan(products), -np.inf, products)[:, :length]
     found = np.full((len(products), size), NONE, np.int32)
     if length <= size:
         found[:, :length] = np.arange(length)
@@ -296,6 +305,15 @@ def _check_lists(name: str, lists: Any, shape: tuple[int, ...], mode: str,
         raise OptionError(f"decisions[{name!r}] must lie in {lowest}..{limit - 1}; got "
                           f"{lists.min()}..{lists.max()}")
     return lists
+
+
+def _check_order(name: str, lists: np.ndarray, lengths: np.ndarray) -> None:
+    if (lists >= lengths[:, None, None]).any():
+        raise OptionError(f"decisions[{name!r}] must name no padding")
+    before, after = lists[..., :-1], lists[..., 1:]
+    if not np.where(after == NONE, True, (NONE < before) & (before < after)).all():
+        raise OptionError(f"decisions[{name!r}] must list each cluster's tokens in ascending "
+                          "order, each once, and -1 for none behind them")
 
 
 def _assign(xp: Any, q: Array, k: Array, v: Array, found: list[np.ndarray],
