@@ -2,9 +2,9 @@
 
 reformer-pytorch and routing-transformer bring much that these tests do not need. They run after::
 
-    pip install --no-deps reformer-pytorch routing-transformer local-attention \
-        axial-positional-embedding product-key-memory mixture-of-experts CoLT5-attention
-    pip install einops hyper-connections
+    pip install einops packaging
+    pip install --no-deps reformer-pytorch routing-transformer axial-positional-embedding \
+        CoLT5-attention hyper-connections local-attention mixture-of-experts product-key-memory
 """
 
 from __future__ import annotations
