@@ -169,21 +169,21 @@ def kmeans(x: Array, *, num_clusters: int, iterations: int = 10, metric: str = "
                                                     split_counts(num_clusters, branching), cosine)
         else:
             if start is None:
-                flat = _seeds(xp, points, sets)
+                flat = strided_seeds(xp, points, sets)
             else:
                 if tuple(start.shape) != (*lead, num_clusters, width):
                     raise ShapeError(f"start must be {(*lead, num_clusters, width)}; got "
                                      f"{tuple(start.shape)}")
                 given = xp.astype(xp.reshape(start, (heads, num_clusters, width)), points.dtype)
-                given = _unit(xp, given) if cosine else given - middle
+                given = unit_length(xp, given) if cosine else given - middle
                 flat = xp.reshape(given, (heads * num_clusters, width))
-            flat, assignment, rounds, pairs = _lloyd(kernel, points, flat, sets, iterations, cosine)
+            flat, assignment, rounds, pairs = lloyd(kernel, points, flat, sets, iterations, cosine)
         apart = kernel.distances(points, flat, assignment)
         inertia = np.asarray(apart, np.float64).reshape(heads, n).sum(axis=1)
     counts = np.bincount(assignment[assignment >= 0], minlength=heads * num_clusters)
     medoids = None
     if representative == "medoid":
-        medoids = _within(_nearest_members(apart, assignment, heads * num_clusters), n)
+        medoids = _within(nearest_members(apart, assignment, heads * num_clusters), n)
         medoids = medoids.reshape(*lead, num_clusters)
     shape = tuple(lead)
     levels = []
@@ -221,7 +221,7 @@ def _points(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array
         inside = np.arange(n) < counted[:, None]
         x = xp.where(arrays.from_host(xp, inside[:, :, None], where), x, xp.zeros_like(x))
     if cosine:
-        x, middle = _unit(xp, x), xp.zeros((heads, 1, width), dtype=acc, device=where)
+        x, middle = unit_length(xp, x), xp.zeros((heads, 1, width), dtype=acc, device=where)
     else:
         size = xp.astype(arrays.from_host(xp, np.maximum(counted, 1)[:, None, None], where), acc)
         middle = xp.sum(x, axis=1, keepdims=True) / size
@@ -229,7 +229,7 @@ def _points(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array
     return xp.reshape(x, (heads * n, width)), middle
 
 
-def _unit(xp: Any, x: Array) -> Array:
+def unit_length(xp: Any, x: Array) -> Array:
     """Return vectors of length 1; zeros stay."""
     # by the largest number first, whose square might not be representable
     largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
@@ -254,7 +254,7 @@ def _one_set_each(counted: np.ndarray, n: int, nodes: int) -> Sets:
     return Sets(heads * n, counted, heads * nodes, np.full(counted.size, nodes))
 
 
-def _seeds(xp: Any, points: Array, sets: Sets) -> Array:
+def strided_seeds(xp: Any, points: Array, sets: Sets) -> Array:
     """Return the tokens that centroids start from; zeros for a set without tokens."""
     total = int(sets.node_count.sum())
     owner = np.repeat(np.arange(sets.node_count.size), sets.node_count)
@@ -270,7 +270,7 @@ def _seeds(xp: Any, points: Array, sets: Sets) -> Array:
         arrays.from_host(xp, some[:, None], where), seeds, xp.zeros_like(seeds))
 
 
-def _lloyd(kernel: Any, x: Array, nodes: Array, sets: Sets, iterations: int,
+def lloyd(kernel: Any, x: Array, nodes: Array, sets: Sets, iterations: int,
            cosine: bool) -> tuple[Array, np.ndarray, np.ndarray, int]:
     """Cluster the rows of each set; nodes, assignment, how often the nodes of a set moved, pairs.
 
@@ -314,7 +314,7 @@ def _moved(kernel: Any, x: Array, nodes: Array, assignment: np.ndarray, active: 
     mean = total / xp.astype(size, total.dtype)
     moves = arrays.from_host(xp, (active & (counts > 0))[:, None], where)
     if cosine:
-        mean = _unit(xp, mean)
+        mean = unit_length(xp, mean)
         moves = moves & xp.any(mean != 0, axis=1, keepdims=True)
     return xp.where(moves, mean, nodes)
 
@@ -369,7 +369,7 @@ def split_counts(num_clusters: int, branching: int) -> list[np.ndarray]:
 def _grow(kernel: Any, x: Array, counted: np.ndarray, n: int,
           above: list[tuple[Array, np.ndarray, np.ndarray]], iterations: int,
           tables: list[np.ndarray], cosine: bool) -> tuple[Array, np.ndarray, np.ndarray, int]:
-    """Cluster level by level from the top; what `_lloyd` returns, of the last level.
+    """Cluster level by level from the top; what `lloyd` returns, of the last level.
 
     `tables` has the children of each level's nodes. Nodes, counts and children of the levels
     before the last are added to `above`.
@@ -384,8 +384,8 @@ def _grow(kernel: Any, x: Array, counted: np.ndarray, n: int,
         first = (np.arange(heads)[:, None] * each + children[:-1]).reshape(-1)
         sets = Sets(start[:-1], np.diff(start), first, np.tile(np.diff(children), heads))
         rows = xp.take(x, arrays.from_host(xp, order, where), axis=0)
-        nodes, found, moved, some = _lloyd(kernel, rows, _seeds(xp, rows, sets), sets, iterations,
-                                           cosine)
+        start_from = strided_seeds(xp, rows, sets)
+        nodes, found, moved, some = lloyd(kernel, rows, start_from, sets, iterations, cosine)
         assignment = np.full_like(assignment, -1)
         assignment[order] = found
         rounds = np.maximum(rounds, moved.reshape(heads, own).max(axis=1, initial=0))
@@ -395,7 +395,7 @@ def _grow(kernel: Any, x: Array, counted: np.ndarray, n: int,
     return nodes, assignment, rounds, pairs
 
 
-def _nearest_members(apart: np.ndarray, assignment: np.ndarray, nodes: int) -> np.ndarray:
+def nearest_members(apart: np.ndarray, assignment: np.ndarray, nodes: int) -> np.ndarray:
     """Return the row of each node with the least distance, the first of equals; -1 of none."""
     rows = np.flatnonzero(assignment >= 0)
     order = rows[np.lexsort((apart[rows], assignment[rows]))]
@@ -483,24 +483,24 @@ def segment_means(x: Array, assignment: Any, num_clusters: int, *,
     num_clusters = require_integer("num_clusters", num_clusters, minimum=1)
     *lead, n, width = x.shape
     heads, shape = math.prod(lead), tuple(lead)
-    assignment = _numbers("assignment", assignment, (*shape, n), num_clusters)
+    assignment = require_numbers("assignment", assignment, (*shape, n), num_clusters)
     xp, wide = widened(x=x)
     kernel = dispatch.kernel("clustering", None, wide)
     wide = xp.reshape(wide, (heads * n, width))
-    nodes = _across(assignment.reshape(heads, n), num_clusters).reshape(-1)
+    nodes = over_all_heads(assignment.reshape(heads, n), num_clusters).reshape(-1)
     start, order = kernel.members(nodes, heads * num_clusters)
     counts = np.diff(start)
     if medoids is None:
         size = arrays.from_host(xp, np.maximum(counts, 1)[:, None], arrays.device(x))
         out = kernel.sums(wide, start, order) / xp.astype(size, wide.dtype)
     else:
-        medoids = _numbers("medoids", medoids, (*shape, num_clusters), n)
+        medoids = require_numbers("medoids", medoids, (*shape, num_clusters), n)
         out = _rows_at(xp, wide, medoids.reshape(heads, num_clusters), n)
     out = cast_like(xp, xp.reshape(out, (*shape, num_clusters, width)), x)
     return out, SegmentMeansSaved(x, assignment, medoids, counts.reshape(*shape, num_clusters))
 
 
-def _numbers(name: str, given: Any, shape: tuple[int, ...], limit: int) -> np.ndarray:
+def require_numbers(name: str, given: Any, shape: tuple[int, ...], limit: int) -> np.ndarray:
     """Check integers from -1 to below `limit`; int32 of that shape."""
     found = host_array(given)
     if found.dtype.kind not in "iu" and found.size:
@@ -512,7 +512,7 @@ def _numbers(name: str, given: Any, shape: tuple[int, ...], limit: int) -> np.nd
     return found.astype(np.int32)
 
 
-def _across(numbers: np.ndarray, each: int) -> np.ndarray:
+def over_all_heads(numbers: np.ndarray, each: int) -> np.ndarray:
     """Return numbers (heads, n) within heads as numbers over all heads, int32; -1 stays."""
     first = np.arange(len(numbers), dtype=np.int64)[:, None] * each
     return np.where(numbers >= 0, numbers + first, -1).astype(np.int32)
@@ -520,7 +520,7 @@ def _across(numbers: np.ndarray, each: int) -> np.ndarray:
 
 def _rows_at(xp: Any, x: Array, index: np.ndarray, each: int) -> Array:
     """Return rows of `x` (heads * each, D) at `index` (heads, n); zeros where that is -1."""
-    rows, where = _across(index, each).reshape(-1), arrays.device(x)
+    rows, where = over_all_heads(index, each).reshape(-1), arrays.device(x)
     if not x.shape[0] or not rows.size:
         return xp.zeros((rows.size, x.shape[1]), dtype=x.dtype, device=where)
     found = xp.take(x, arrays.from_host(xp, np.maximum(rows, 0), where), axis=0)
@@ -617,7 +617,7 @@ def update_centroids(state: Centroids | Array, x: Array, assignment: Any, *, dec
     if extra < 0 or tuple(x.shape[extra:-2]) != tuple(lead) or x.shape[-1] != width:
         raise ShapeError(f"x must be (..., N, D) with the leading axes and the width of the "
                          f"centroids {tuple(old.shape)}; got {tuple(x.shape)}")
-    given = _numbers("assignment", assignment, tuple(x.shape[:-1]), clusters)
+    given = require_numbers("assignment", assignment, tuple(x.shape[:-1]), clusters)
     kernel = dispatch.kernel("clustering", None, wide)
     nodes = _shared_nodes(given, tuple(old.shape))
     start, order = kernel.members(nodes, math.prod(lead) * clusters)
@@ -633,7 +633,7 @@ def update_centroids(state: Centroids | Array, x: Array, assignment: Any, *, dec
         smooth = (n + epsilon) / (everything + clusters * epsilon) * everything
         new = s / xp.where(smooth > 0, smooth, xp.ones_like(smooth))[..., None]
     else:
-        new = decay * old + (1 - decay) * _unit(xp, total)
+        new = decay * old + (1 - decay) * unit_length(xp, total)
     return Centroids(xp.where(seen, new, old), n, s)
 
 
@@ -724,7 +724,7 @@ def commitment_loss(x: Array, centroids: Array, assignment: Any, *, beta: float 
                                                           centroids.shape[-1]):
         raise ShapeError(f"x must be (..., N, D) with the leading axes and the width of the "
                          f"centroids {tuple(centroids.shape)}; got {tuple(x.shape)}")
-    given = _numbers("assignment", assignment, tuple(x.shape[:-1]), centroids.shape[-2])
+    given = require_numbers("assignment", assignment, tuple(x.shape[:-1]), centroids.shape[-2])
     xp, apart, size = _apart(x, centroids, given)
     loss = (beta + codebook) * xp.sum(apart * apart) / size
     return loss, CommitmentLossSaved(x, centroids, given, beta, codebook)
