@@ -103,15 +103,16 @@ CASES = {
     "tree of medoids": {"segment": 2, "num_clusters": 2, "tree": True,
                         "representative": "medoid"},
     "all": {"causal": False, "num_clusters": 9},
-    "hashes": {"mode": "lsh", "segment": 16, "num_buckets": 4, "rng": 0},
-    "all hashes": {"mode": "lsh", "causal": False, "num_buckets": 8, "rng": 0},
+    "hashes": {"mode": "lsh", "segment": 16, "num_clusters": 4, "num_buckets": 8, "rng": 0},
+    "all hashes": {"mode": "lsh", "causal": False, "num_clusters": 8, "num_buckets": (2, 8),
+                   "rng": 0},
 }
 
 
 def rule(options, nodes):
     if options.get("causal") is False:
         return lambda *_: True
-    each = options.get("num_clusters", options.get("num_buckets"))
+    each = options["num_clusters"]
     if options.get("tree"):
         return seen_tree(options["segment"], each, nodes)
     return seen_flat(options["segment"], each)

@@ -21,7 +21,7 @@ from ..checks import OptionError, ShapeError, require_choice, require_integer
 from ..differentiable import Saved, gradients
 from ..engines import edges
 from ..features.clustering import require_numbers, segment_means
-from ..features.hashing import require_buckets
+from ..features.hashing import lsh_hash, require_buckets
 from ..features.retrieval import (
     BRANCHING,
     Groups,
@@ -57,12 +57,12 @@ class Grouping:
 
     @property
     def decisions(self) -> dict[str, Array]:
-        """``clusters`` (..., G, levels, M), ``medoids`` or ``buckets``, each where it decides."""
-        if self.buckets is not None:
-            return {"buckets": np.concatenate(self.buckets, axis=-1)}
+        """``clusters`` (..., G, levels, M), ``medoids`` (..., G, K) of all levels, ``buckets``."""
         found = {"clusters": np.stack(self.groups.assignments, axis=-2)}
         if self.medoids is not None:
             found["medoids"] = np.concatenate(self.medoids, axis=-1)
+        if self.buckets is not None:
+            found["buckets"] = np.concatenate(self.buckets, axis=-1)
         return found
 
     @property
@@ -92,17 +92,18 @@ def group(q: Array, k: Array, *, mode: str = "kmeans", num_clusters: int | None 
     if causal is not False:
         segment = require_integer("segment", SEGMENT if segment is None else segment, minimum=1)
     lengths = None if kv_lengths is None else host_array(kv_lengths)[..., None]
-    if mode == "lsh":
-        if tree or representative != "mean":
-            raise OptionError('tree and representative="medoid" are for mode="kmeans"')
-        return _by_hash(q, k, num_buckets, num_rounds, rng, rotations, segment, lengths,
-                        decisions.get("buckets"))
-    require_choice("representative", representative, ("mean", "medoid"))
     if num_clusters is None:
         num_clusters = math.isqrt(m) if segment is None else segment // TOKENS_OF_A_CLUSTER
         num_clusters = max(1, num_clusters)
+    num_clusters = require_integer("num_clusters", num_clusters, minimum=1)
+    if mode == "lsh":
+        if tree or representative != "mean":
+            raise OptionError('tree and representative="medoid" are for mode="kmeans"')
+        return _by_hash(q, k, num_clusters, require_buckets(num_buckets), num_rounds, rng,
+                        rotations, segment, lengths, decisions)
+    require_choice("representative", representative, ("mean", "medoid"))
     if "clusters" in decisions:
-        groups = _remembered(decisions["clusters"], k, num_clusters, segment, tree)
+        groups = _remembered(decisions["clusters"], _unassigned(k, num_clusters, segment, tree), k)
     else:
         groups = group_keys(k, num_clusters=num_clusters, iterations=iterations, metric=metric,
                             segment=segment, tree=tree, lengths=lengths)
@@ -116,23 +117,20 @@ def group(q: Array, k: Array, *, mode: str = "kmeans", num_clusters: int | None 
     return Grouping(groups, medoids, None, width)
 
 
-def _remembered(clusters: Any, k: Array, num_clusters: int, segment: int | None,
-                tree: bool) -> Groups:
-    """Return the groups of an earlier call."""
-    shape = _shape_of(k, num_clusters, segment, tree)
+def _remembered(clusters: Any, groups: Groups, k: Array) -> Groups:
+    """Return the groups with the assignments of an earlier call."""
     *lead, m, _ = k.shape
-    given = require_numbers("decisions' clusters", clusters, (*lead, len(shape.nodes), m),
-                            max((*shape.nodes, 1)))
-    return dataclasses.replace(shape, assignments=tuple(
-        np.ascontiguousarray(given[..., level, :]) for level in range(len(shape.nodes))))
+    levels = len(groups.nodes)
+    given = require_numbers("decisions' clusters", clusters, (*lead, levels, m),
+                            max((*groups.nodes, 1)))
+    return dataclasses.replace(groups, assignments=tuple(
+        np.ascontiguousarray(given[..., level, :]) for level in range(levels)))
 
 
-def _shape_of(k: Array, num_clusters: int, segment: int | None, tree: bool) -> Groups:
-    """Return groups without assignments."""
-    empty = k[..., :0, :]
+def _unassigned(k: Array, num_clusters: int, segment: int | None, tree: bool) -> Groups:
+    """Return groups like those that k-means makes, without assignments."""
     if segment is None:
-        return dataclasses.replace(group_keys(empty, num_clusters=num_clusters, tree=tree),
-                                   assignments=())
+        return group_keys(k[..., :0, :], num_clusters=num_clusters, tree=tree)
     count = k.shape[-2] // segment
     nodes = [count * num_clusters]
     while tree and count >= BRANCHING:
@@ -141,30 +139,39 @@ def _shape_of(k: Array, num_clusters: int, segment: int | None, tree: bool) -> G
     return Groups((), tuple(nodes), segment, num_clusters)
 
 
-def _by_hash(q: Array, k: Array, num_buckets: Any, num_rounds: int, rng: Any,
-             rotations: Array | None, segment: int | None, lengths: Any,
-             given: Any) -> Grouping:
-    """Group keys, segment by segment, by their hashes in the first round."""
-    factors, n = require_buckets(num_buckets), q.shape[-2]
+def _by_hash(q: Array, k: Array, num_clusters: int, factors: tuple[int, ...], num_rounds: int,
+             rng: Any, rotations: Array | None, segment: int | None, lengths: Any,
+             decisions: Mapping[str, Any]) -> Grouping:
+    """Hash queries and keys; the groups are keys that the first few rotations tell apart no more.
+
+    The buckets that keys are chosen from are many, so that each is small; groups, each of which all
+    later queries read, are to be few.
+    """
     *lead, m, width = k.shape
-    total = math.prod(factors)
-    if given is None:
-        buckets = hash_tokens(q, k, num_buckets=factors, num_rounds=num_rounds, rng=rng,
-                              rotations=rotations)
-    else:
-        both = require_numbers("decisions' buckets", given, (*lead, num_rounds, n + m), total)
+    n, xp = q.shape[-2], arrays.namespace(q, k)
+    num_rounds = require_integer("num_rounds", num_rounds, minimum=1)
+    if rotations is None:
+        shape = (k.shape[-3], width, num_rounds, sum(factors) // 2)
+        rotations = arrays.from_host(xp, np.random.default_rng(rng).standard_normal(shape),
+                                     arrays.device(k))
+    if "buckets" in decisions:
+        both = require_numbers("decisions' buckets", decisions["buckets"],
+                               (*lead, num_rounds, n + m), math.prod(factors))
         buckets = both[..., :n], both[..., n:]
-    own = buckets[1][..., 0, :].astype(np.int64)
+    else:
+        buckets = hash_tokens(q, k, num_buckets=factors, num_rounds=num_rounds, rotations=rotations)
+    few = min(max(1, num_clusters // 2), rotations.shape[-1])
+    groups = Groups((), (2 * few,)) if segment is None else Groups(
+        (), (m // segment * 2 * few,), segment, 2 * few)
+    if "clusters" in decisions:
+        return Grouping(_remembered(decisions["clusters"], groups, k), None, buckets, width)
+    own = lsh_hash(k, num_buckets=2 * few, num_rounds=1, rotations=rotations[..., :1, :few])
     place = np.arange(m)
     whole = np.broadcast_to(m if lengths is None else lengths, tuple(lead))[..., None]
-    if segment is None:
-        groups = Groups((np.where(place < whole, own, -1).astype(np.int32),), (total,))
-    else:
-        count = m // segment
-        over = (place // segment + 1) * segment <= whole
-        numbers = np.where(over, own + place // segment * total, -1).astype(np.int32)
-        groups = Groups((numbers,), (count * total,), segment, total)
-    return Grouping(groups, None, buckets, width)
+    number = 0 * place if segment is None else place // segment
+    over = place < whole if segment is None else (number + 1) * segment <= whole
+    numbers = np.where(over, own[..., 0, :] + number * 2 * few, -1).astype(np.int32)
+    return Grouping(dataclasses.replace(groups, assignments=(numbers,)), None, buckets, width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +185,7 @@ class CompressedSaved(Saved):
 
     @property
     def decisions(self) -> dict[str, Array]:
-        """Those of the grouping: ``clusters`` and ``medoids``, or ``buckets``."""
+        """Those of the grouping: ``clusters``, ``medoids``, ``buckets``."""
         return self.grouping.decisions
 
     @property
