@@ -230,12 +230,19 @@ def _points(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array
 
 
 def unit_length(xp: Any, x: Array) -> Array:
-    """Return vectors of length 1; zeros stay."""
-    # by the largest number first, whose square might not be representable
-    largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
-    x = x / xp.where(largest > 0, largest, xp.ones_like(largest))
-    norm = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
-    return x / xp.where(norm > 0, norm, xp.ones_like(norm))
+    """Return vectors of length 1; zeros stay, and what is not finite warns of nothing."""
+    low = float(xp.finfo(x.dtype).smallest_normal) / float(xp.finfo(x.dtype).eps)
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = xp.sum(x * x, axis=-1, keepdims=True)
+        usual = (square > low) & (square < 1 / low)
+        unit = x / xp.sqrt(xp.where(usual, square, xp.ones_like(square)))
+        if xp.all(usual):
+            return unit
+        # squares might not be representable: divided by the largest number first
+        largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
+        x = x / xp.where(largest > 0, largest, xp.ones_like(largest))
+        norm = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
+        return xp.where(usual, unit, x / xp.where(norm > 0, norm, xp.ones_like(norm)))
 
 
 def _uncentred(nodes: Array, each: int, middle: Array, lead: tuple[int, ...]) -> Array:

@@ -199,17 +199,16 @@ def find_medoids(k: Array, groups: Groups, metric: str) -> tuple[np.ndarray, ...
     xp, (*lead, m, width) = arrays.namespace(k), k.shape
     kernel, heads = dispatch.kernel("clustering", None, k), math.prod(lead)
     rows, found = xp.astype(k, arrays.accumulator(xp, k)), []
-    with np.errstate(invalid="ignore"):
-        rows = unit_length(xp, rows) if metric == "cosine" else rows
-        for own, nodes in zip(groups.assignments, groups.nodes, strict=True):
-            means = xp.reshape(segment_means(rows, own, nodes), (heads * nodes, width)) if (
-                nodes) else xp.zeros((0, width), dtype=rows.dtype)
-            means = unit_length(xp, means) if metric == "cosine" else means
-            across = over_all_heads(own.reshape(heads, m), nodes).reshape(-1)
-            apart = kernel.distances(xp.reshape(rows, (heads * m, width)), means, across)
-            nearest = nearest_members(apart, across, heads * nodes)
-            nearest = np.where(nearest >= 0, nearest % max(m, 1), -1)
-            found.append(nearest.astype(np.int32).reshape(*lead, nodes))
+    rows = unit_length(xp, rows) if metric == "cosine" else rows
+    for own, nodes in zip(groups.assignments, groups.nodes, strict=True):
+        means = xp.reshape(segment_means(rows, own, nodes), (heads * nodes, width)) if (
+            nodes) else xp.zeros((0, width), dtype=rows.dtype)
+        means = unit_length(xp, means) if metric == "cosine" else means
+        across = over_all_heads(own.reshape(heads, m), nodes).reshape(-1)
+        apart = kernel.distances(xp.reshape(rows, (heads * m, width)), means, across)
+        nearest = nearest_members(apart, across, heads * nodes)
+        nearest = np.where(nearest >= 0, nearest % max(m, 1), -1)
+        found.append(nearest.astype(np.int32).reshape(*lead, nodes))
     return tuple(found)
 
 
@@ -220,8 +219,7 @@ def group_queries(q: Array, groups: int) -> Array:
     """
     *lead, heads, n, width = q.shape
     xp = arrays.namespace(q)
-    with np.errstate(invalid="ignore"):
-        unit = unit_length(xp, xp.astype(q, arrays.accumulator(xp, q)))
+    unit = unit_length(xp, xp.astype(q, arrays.accumulator(xp, q)))
     shared = xp.reshape(unit, (*lead, groups, heads // groups if groups else 1, n, width))
     return xp.mean(shared, axis=-3)
 
@@ -244,8 +242,7 @@ class Index:
         self.groups, self.lead, self.m = groups, tuple(lead), m
         heads = math.prod(lead)
         wide = xp.astype(k, arrays.accumulator(xp, k))
-        with np.errstate(invalid="ignore"):
-            rows = xp.reshape(unit_length(xp, wide), (heads * m, width))
+        rows = xp.reshape(unit_length(xp, wide), (heads * m, width))
         kernel, where = dispatch.kernel("clustering", None, wide), arrays.device(k)
         below = np.arange(heads * m)        # for each token, what of the level below it is in
         layers: list[Layer] = []
@@ -477,8 +474,7 @@ def select_from_buckets(q: Array, k: Array, buckets: tuple[Any, Any], last: Any,
         first = (head * rounds + turn) * m
         runs[head, turn] = first + np.stack([np.minimum(begins, ends), ends], axis=-1)
     wide = xp.astype(k, arrays.accumulator(xp, k))
-    with np.errstate(invalid="ignore"):
-        rows = xp.reshape(unit_length(xp, wide), (heads * m, width))
+    rows = xp.reshape(unit_length(xp, wide), (heads * m, width))
     runs = np.ascontiguousarray(runs.transpose(0, 2, 1, 3))
     indices = _pick(grouped, rows, order.reshape(-1), runs, True, m, num_selected, threshold,
                     duplicate_threshold)
