@@ -28,7 +28,7 @@ from .vector import gemm, row_dots, transpose
 from .vector.emit import I64, Vectors, typed
 from .vector.products import _prefetch as prefetch
 
-STEP, NONE = np.int64(1), np.int32(-1)
+STEP, ZERO, NONE = np.int64(1), np.int64(0), np.int32(-1)
 BLOCK, FEW, TOGETHER = np.int64(BLOCK_ROWS), np.int64(FEW_CLUSTERS), np.int64(64)
 
 job_at = record_at(RECORD)
@@ -155,7 +155,7 @@ def nearest_tile(job, s, row, count, scratch, unit):
     for first in range(0, nodes, TOGETHER):
         some = min(TOGETHER, nodes - first)
         gemm(some, columns, d, job.centroids + (node + first) * d * size, d, STEP, scratch, TILE,
-             scores, TILE, STEP - STEP, unit)
+             scores, TILE, ZERO, unit)
         best_rows(scores, TILE, some, job.shifts + (node + first) * size, np.int64(first), columns,
                   best, names, unit)
     for r in range(count):
