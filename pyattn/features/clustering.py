@@ -175,7 +175,7 @@ def kmeans(x: Array, *, num_clusters: int, iterations: int = 10, metric: str = "
                     raise ShapeError(f"start must be {(*lead, num_clusters, width)}; got "
                                      f"{tuple(start.shape)}")
                 given = xp.astype(xp.reshape(start, (heads, num_clusters, width)), points.dtype)
-                given = unit_length(xp, given) if cosine else given - middle
+                given = unit_rows(xp, given) if cosine else given - middle
                 flat = xp.reshape(given, (heads * num_clusters, width))
             flat, assignment, rounds, pairs = lloyd(kernel, points, flat, sets, iterations, cosine)
         apart = kernel.distances(points, flat, assignment)
@@ -221,7 +221,7 @@ def _points(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array
         inside = np.arange(n) < counted[:, None]
         x = xp.where(arrays.from_host(xp, inside[:, :, None], where), x, xp.zeros_like(x))
     if cosine:
-        x, middle = unit_length(xp, x), xp.zeros((heads, 1, width), dtype=acc, device=where)
+        x, middle = unit_rows(xp, x), xp.zeros((heads, 1, width), dtype=acc, device=where)
     else:
         size = xp.astype(arrays.from_host(xp, np.maximum(counted, 1)[:, None, None], where), acc)
         middle = xp.sum(x, axis=1, keepdims=True) / size
@@ -229,7 +229,7 @@ def _points(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array
     return xp.reshape(x, (heads * n, width)), middle
 
 
-def unit_length(xp: Any, x: Array) -> Array:
+def unit_rows(xp: Any, x: Array) -> Array:
     """Return vectors of length 1; zeros stay, and what is not finite warns of nothing."""
     low = float(xp.finfo(x.dtype).smallest_normal) / float(xp.finfo(x.dtype).eps)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -321,7 +321,7 @@ def _moved(kernel: Any, x: Array, nodes: Array, assignment: np.ndarray, active: 
     mean = total / xp.astype(size, total.dtype)
     moves = arrays.from_host(xp, (active & (counts > 0))[:, None], where)
     if cosine:
-        mean = unit_length(xp, mean)
+        mean = unit_rows(xp, mean)
         moves = moves & xp.any(mean != 0, axis=1, keepdims=True)
     return xp.where(moves, mean, nodes)
 
@@ -640,7 +640,7 @@ def update_centroids(state: Centroids | Array, x: Array, assignment: Any, *, dec
         smooth = (n + epsilon) / (everything + clusters * epsilon) * everything
         new = s / xp.where(smooth > 0, smooth, xp.ones_like(smooth))[..., None]
     else:
-        new = decay * old + (1 - decay) * unit_length(xp, total)
+        new = decay * old + (1 - decay) * unit_rows(xp, total)
     return Centroids(xp.where(seen, new, old), n, s)
 
 

@@ -26,7 +26,7 @@ from .clustering import (
     segment_means,
     split_counts,
     strided_seeds,
-    unit_length,
+    unit_rows,
 )
 from .hashing import lsh_hash
 
@@ -176,7 +176,7 @@ def _merged(k: Array, own: np.ndarray, nodes: int, count: int, num_clusters: int
     means, saved = segment_means.forward(k, own, nodes)
     acc = arrays.accumulator(xp, k)
     rows = xp.reshape(xp.astype(means, acc), (heads * nodes, width))
-    rows = unit_length(xp, rows) if metric == "cosine" else rows
+    rows = unit_rows(xp, rows) if metric == "cosine" else rows
     # nodes without a token, and those of segments that no new one covers, take no part
     alive = saved.counts.reshape(heads, nodes) > 0
     alive[:, count * each:] = False
@@ -199,11 +199,11 @@ def find_medoids(k: Array, groups: Groups, metric: str) -> tuple[np.ndarray, ...
     xp, (*lead, m, width) = arrays.namespace(k), k.shape
     kernel, heads = dispatch.kernel("clustering", None, k), math.prod(lead)
     rows, found = xp.astype(k, arrays.accumulator(xp, k)), []
-    rows = unit_length(xp, rows) if metric == "cosine" else rows
+    rows = unit_rows(xp, rows) if metric == "cosine" else rows
     for own, nodes in zip(groups.assignments, groups.nodes, strict=True):
         means = xp.reshape(segment_means(rows, own, nodes), (heads * nodes, width)) if (
             nodes) else xp.zeros((0, width), dtype=rows.dtype)
-        means = unit_length(xp, means) if metric == "cosine" else means
+        means = unit_rows(xp, means) if metric == "cosine" else means
         across = over_all_heads(own.reshape(heads, m), nodes).reshape(-1)
         apart = kernel.distances(xp.reshape(rows, (heads * m, width)), means, across)
         nearest = nearest_members(apart, across, heads * nodes)
@@ -219,7 +219,7 @@ def group_queries(q: Array, groups: int) -> Array:
     """
     *lead, heads, n, width = q.shape
     xp = arrays.namespace(q)
-    unit = unit_length(xp, xp.astype(q, arrays.accumulator(xp, q)))
+    unit = unit_rows(xp, xp.astype(q, arrays.accumulator(xp, q)))
     shared = xp.reshape(unit, (*lead, groups, heads // groups if groups else 1, n, width))
     return xp.mean(shared, axis=-3)
 
@@ -242,7 +242,7 @@ class Index:
         self.groups, self.lead, self.m = groups, tuple(lead), m
         heads = math.prod(lead)
         wide = xp.astype(k, arrays.accumulator(xp, k))
-        rows = xp.reshape(unit_length(xp, wide), (heads * m, width))
+        rows = xp.reshape(unit_rows(xp, wide), (heads * m, width))
         kernel, where = dispatch.kernel("clustering", None, wide), arrays.device(k)
         below = np.arange(heads * m)        # for each token, what of the level below it is in
         layers: list[Layer] = []
@@ -258,7 +258,7 @@ class Index:
                 order = (order % max(size // heads, 1)).astype(np.int32) if heads else order
             counts = np.bincount(across[across >= 0], minlength=heads * nodes)
             means = segment_means(wide, own, nodes) if nodes else wide[..., :0, :]
-            rows = xp.reshape(unit_length(xp, means), (heads * nodes, width))
+            rows = xp.reshape(unit_rows(xp, means), (heads * nodes, width))
             layers.append(Layer(rows, counts.reshape(heads, nodes), children, order, start))
             below = across
         self.layers = tuple(layers)
@@ -474,7 +474,7 @@ def select_from_buckets(q: Array, k: Array, buckets: tuple[Any, Any], last: Any,
         first = (head * rounds + turn) * m
         runs[head, turn] = first + np.stack([np.minimum(begins, ends), ends], axis=-1)
     wide = xp.astype(k, arrays.accumulator(xp, k))
-    rows = xp.reshape(unit_length(xp, wide), (heads * m, width))
+    rows = xp.reshape(unit_rows(xp, wide), (heads * m, width))
     runs = np.ascontiguousarray(runs.transpose(0, 2, 1, 3))
     indices = _pick(grouped, rows, order.reshape(-1), runs, True, m, num_selected, threshold,
                     duplicate_threshold)
