@@ -1,8 +1,9 @@
-"""What comes before an engine: positions, feature maps, pooling, hashing."""
+"""What comes before an engine: positions, feature maps, pooling, hashing, clusters."""
 
+from .clustering import commitment_loss, kmeans, segment_means, update_centroids
 from .hashing import lsh_hash
 from .normalise import standardise, unit_length
 from .positions import add_positions, embedding, rotary, sinusoidal
 
-__all__ = ["add_positions", "embedding", "lsh_hash", "rotary", "sinusoidal", "standardise",
-           "unit_length"]
+__all__ = ["add_positions", "commitment_loss", "embedding", "kmeans", "lsh_hash", "rotary",
+           "segment_means", "sinusoidal", "standardise", "unit_length", "update_centroids"]
