@@ -20,14 +20,14 @@ __all__ = ["backward", "delta", "forward", "refuses"]
 LEAST_BLOCK = 8
 """Smaller blocks would fill tiles with little else than padding."""
 
-ROWS = 64
+ROWS = 128
 """Rows that are to meet a block of keys at a time, on average."""
 
 CHUNK_ROWS = (256, 2**15)
 """Rows of a chunk of a forward, at least and at most."""
 
-ROUND_BYTES = 2**27
-"""What is packed of a round of a backward."""
+ROUND_BYTES = 2**26, 2**27
+"""What is packed of a round of a backward; the most only if few rows met a block otherwise."""
 
 
 def refuses(problem: Any) -> str | None:
@@ -150,7 +150,10 @@ def backward(p: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     each, size, pairs = g.operand.itemsize, g.dtype.itemsize, g.fold > 1
     of_token = shared * lines * (
         (g.d_padded + g.e_padded) * each + (g.d_padded + 2) * size)
-    held = max(TILE, min(g.n, ROUND_BYTES // max(1, of_token) // TILE * TILE))
+    blocks = p.lists.start.shape[1] - 1
+    chunks = max(1, min(-(-UNITS // max(1, lines)), blocks // 4, g.n // TILE))
+    few, many = (nbytes // max(1, of_token) // TILE * TILE for nbytes in ROUND_BYTES)
+    held = max(TILE, min(max(few, meeting(p, g) * chunks), many, g.n))
     rows, notes = lines * held * shared, lines * -(-held // TILE)
     at = job.workspace(q=(rows + TILE) * g.d_padded * each, dout=(rows + TILE) * g.e_padded * each,
                        shifts=rows * size, means=rows * size, dq=rows * g.d_padded * size,
@@ -160,8 +163,6 @@ def backward(p: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     job.put("shifts", at["shifts"], at["means"], at["dq"])
     starts, scratch = backward_scratch(g)
     job.put("far", *starts)
-    blocks = p.lists.start.shape[1] - 1
-    chunks = max(1, min(-(-UNITS // max(1, lines)), blocks // 4, held // TILE))
     job.put("chunks", chunks)
     for first in range(0, g.n, held):
         last = min(first + held, g.n)

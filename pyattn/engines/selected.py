@@ -302,7 +302,8 @@ def _check_blocks(blocks: Any, lead: tuple[int, ...], total: int) -> np.ndarray:
 
 
 def _lists(call: Call) -> Lists:
-    return Lists.of(call.blocks, call.block_size, call.k.shape[-2], call.placement,
+    # a record may have been moved to another library with all its arrays
+    return Lists.of(arrays.to_host(call.blocks), call.block_size, call.k.shape[-2], call.placement,
                     causal=call.causal)
 
 

@@ -47,6 +47,8 @@ from .vector import (
 STEP, NOTHING = np.int64(1), np.int64(0)
 PAIRED = np.int64(32)
 """Rows that a product of bfloat16 takes as its depth come in multiples of this."""
+DIRECT = np.int64(9)
+"""From so many heads on, the rows of a token alone are enough for a product over what is theirs."""
 NO_NAME = np.int64(-1)
 
 
@@ -85,6 +87,15 @@ def keys_of(job, b, block, tile):
 def token_of(lists, entry):
     """Return the token of an entry."""
     return np.int64(load(lists.token + 4 * entry, np.int32(0)))
+
+
+@part
+def run_length(lists, entry, end, most):
+    """Return how many tokens, one at least, follow one another from an entry on."""
+    first, count = token_of(lists, entry), STEP
+    while count < most and entry + count < end and token_of(lists, entry + count) == first + count:
+        count += 1
+    return count
 
 
 @part
@@ -195,6 +206,10 @@ def meet(job, b, tile, first_key, keys, low, high, shared, base, scratch, unit, 
     left, entry, head = (high - low) * shared, low, NOTHING
     while left > 0:
         rows = min(left, TILE)
+        if shared >= TILE:
+            rows = min(rows, shared - head)
+        elif shared >= DIRECT:
+            rows = run_length(job.lists, entry, high, TILE // shared) * shared
         left -= rows
         entry, head, together = next_rows(job.lists, shared, entry, head, rows, base, places)
         # a product of bfloat16 may write more rows than it is told
@@ -414,6 +429,9 @@ def column(job, line, block, tile, low, high, scratch, unit, operand):
             dq = scratch + far.product
             if rows < depth:
                 pad_rows(job, rows, depth, q, dout, shifts, means, unit, operand)
+        # a product of bfloat16 may write more rows than it is told
+        direct = (not together and shared >= DIRECT and job.fold == 1
+                  and not (masked and strange_k))
         q_pairs, dout_pairs = q, dout
         if job.fold > 1:
             q_pairs, dout_pairs = scratch + far.q_pairs, scratch + far.dout_pairs
@@ -454,15 +472,33 @@ def column(job, line, block, tile, low, high, scratch, unit, operand):
                 for r in range(depth):
                     row = dscores + r * TILE * size
                     round_row(row, TILE, row)
-            multiply(rows, job.d_padded, met, dscores, TILE * job.fold, 1, k_pairs,
-                     job.d_padded * job.fold, dq, job.d_padded, np.int64(together), unit, operand)
-        if not together:
+            if direct:
+                add_by_runs(job, rows, met, dscores, k_pairs, dq_all, places, unit, operand)
+            else:
+                multiply(rows, job.d_padded, met, dscores, TILE * job.fold, 1, k_pairs,
+                         job.d_padded * job.fold, dq, job.d_padded, np.int64(together), unit,
+                         operand)
+        if not together and not direct:
             for r in range(rows):
                 place = dq_all + load(places + 8 * r, np.int64(0)) * job.d_padded * size
                 kept = numbers(place, job.d_padded, unit)
                 new = numbers(dq + r * job.d_padded * size, job.d_padded, unit)
                 for x in range(job.d_padded):
                     kept[x] += new[x]
+
+
+@part
+def add_by_runs(job, rows, met, dscores, k, dq_all, places, unit, operand):
+    """Add dscores @ k to rows of dq, those that follow one another at a time."""
+    start = NOTHING
+    while start < rows:
+        row, stop = load(places + 8 * start, np.int64(0)), start + 1
+        while stop < rows and load(places + 8 * stop, np.int64(0)) == row + stop - start:
+            stop += 1
+        multiply(stop - start, job.d_padded, met, dscores + start * TILE * job.size, TILE, 1, k,
+                 job.d_padded, dq_all + row * job.d_padded * job.size, job.d_padded, 1, unit,
+                 operand)
+        start = stop
 
 
 @part
