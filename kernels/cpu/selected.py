@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .job import TILE, Geometry, Operands, geometry, kind_of, sections
+from .job import TILE, Geometry, Operands, geometry, sections
 from .memory import address
 from .ownership import UNITS
 from .softmax import delta, pack_all
@@ -147,7 +147,7 @@ def backward(p: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     job.put("delta", job.hold(delta))
     job.put("dk_sums", address(dk), address(dv))
 
-    each, size, pairs = g.operand.itemsize, g.dtype.itemsize, g.fold > 1
+    each, size = g.operand.itemsize, g.dtype.itemsize
     of_token = shared * lines * (
         (g.d_padded + g.e_padded) * each + (g.d_padded + 2) * size)
     blocks = p.lists.start.shape[1] - 1

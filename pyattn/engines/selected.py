@@ -266,7 +266,7 @@ def forward(q: Array, k: Array, v: Array, blocks: Any, *, block_size: int,
     xp = arrays.namespace(q, k, v)
     batch = _check_operands(q, k, v)
     arrays.require_same_device({"q": q, "k": k, "v": v})
-    heads, n, groups, m = *q.shape[-3:-1], *k.shape[-3:-1]
+    (heads, n), (groups, m) = q.shape[-3:-1], k.shape[-3:-1]
     block_size = require_integer("block_size", block_size, minimum=1)
     causal = require_choice("causal", causal, (False, True, "top_left"))
     scale = q.shape[-1] ** -0.5 if scale is None else require_real("scale", scale)
@@ -312,6 +312,7 @@ def _problem(call: Call) -> Selection:
     q, placement = call.q, call.placement
     xp = arrays.namespace(q)
     scale = _per_head(xp, call.scale, q.shape[-3], arrays.accumulator(xp, q), q)
-    return Selection(*(_flat(xp, x, placement.batch) for x in (q, call.k, call.v)), scale,
-                     _lists(call), call.block_size, call.causal, placement.offset,
-                     placement.q_lengths, placement.kv_lengths, call.softcap)
+    k, v = (_flat(xp, x, placement.batch) for x in (call.k, call.v))
+    return Selection(_flat(xp, q, placement.batch), k, v, scale, _lists(call), call.block_size,
+                     call.causal, placement.offset, placement.q_lengths, placement.kv_lengths,
+                     call.softcap)

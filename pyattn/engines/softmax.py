@@ -240,7 +240,7 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) ->
         raise ShapeError(f"the leading axes of q, k and v must broadcast ({shapes})") from None
 
 
-def _check_cotangents(saved: SoftmaxSaved, dout: Array, dlse: Array | None) -> None:
+def _check_cotangents(saved: Any, dout: Array, dlse: Array | None) -> None:
     arrays.namespace(saved.q, dout, dlse)
     if tuple(dout.shape) != tuple(saved.out.shape):
         raise ShapeError(f"dout must have the shape of the output, {tuple(saved.out.shape)}; got "

@@ -24,7 +24,7 @@ import math
 import numpy as np
 
 from ..compile import kernel, part
-from .access import fetch_add, job_at, load, numbers, rounded, store
+from .access import fetch_add, job_at, load, numbers, prefetch, rounded, store
 from .backward import add_transposed
 from .masking import NONE, ONE, STRAIGHT, TRANSPOSED, allowed, exact_product
 from .packing import NOWHERE, TILE, lse_place, pack_tile, size_of
@@ -44,6 +44,7 @@ from .vector import (
     write_rows,
 )
 
+CACHE_LINE = np.int64(64)
 STEP, NOTHING = np.int64(1), np.int64(0)
 PAIRED = np.int64(32)
 """Rows that a product of bfloat16 takes as its depth come in multiples of this."""
@@ -117,6 +118,15 @@ def next_rows(lists, shared, entry, head, rows, base, places):
         if head == shared:
             entry, head = entry + 1, NOTHING
     return entry, head, together
+
+
+@part
+def expect(target, places, rows, nbytes):
+    """Have rows of `nbytes` that lie apart brought near, while something else is computed."""
+    for r in range(rows):
+        row = target + load(places + 8 * r, np.int64(0)) * nbytes
+        for line in range(row, row + nbytes, CACHE_LINE):
+            prefetch(line)
 
 
 @part
@@ -224,6 +234,7 @@ def meet(job, b, tile, first_key, keys, low, high, shared, base, scratch, unit, 
             gather(scratch + near.q, places, rows, job.d_padded, q, operand)
             gather(scratch + near.tops, places, rows, STEP, tops, unit)
             gather(scratch + near.sums, places, rows, job.lanes, sums, unit)
+            expect(acc, places, rows, job.e_padded * size)
         masked = limits(job, b, first_key, keys, places, rows, shared, base, words)
         multiply(rows, wide, job.d_depth, q, job.d_padded, 1, k, TILE * job.fold, scores, TILE, 0,
                  unit, operand)
@@ -245,7 +256,8 @@ def meet(job, b, tile, first_key, keys, low, high, shared, base, scratch, unit, 
                     round_row(row, TILE, row)
             depth = TILE if job.fold > 1 else keys
             multiply(rows, job.e_padded, depth, scores, TILE * job.fold, 1, v,
-                     job.e_padded * job.fold, target, job.e_padded, np.int64(together), unit, operand)
+                     job.e_padded * job.fold, target, job.e_padded, np.int64(together), unit,
+                     operand)
         if not together:
             put_sums(job, rows, places, scratch, unit)
 
@@ -424,6 +436,7 @@ def column(job, line, block, tile, low, high, scratch, unit, operand):
             gather(dout, places, rows, job.e_padded, scratch + far.dout, operand)
             gather(shifts, places, rows, STEP, scratch + far.shifts, unit)
             gather(means, places, rows, STEP, scratch + far.means, unit)
+            expect(dq_all, places, rows, job.d_padded * size)
             q, dout = scratch + far.q, scratch + far.dout
             shifts, means = scratch + far.shifts, scratch + far.means
             dq = scratch + far.product
