@@ -37,7 +37,7 @@ from ..checks import (
 )
 from ..differentiable import Saved, gradients
 from .placement import Placement, place
-from .softmax import _check_cotangents, _check_operands, _flat, _per_head, _unbroadcast
+from .softmax import flat, per_head, require_cotangents, require_operands, unbroadcast
 
 FEW = 2**15
 """Numbers below this are sorted fastest, as 16 bits."""
@@ -184,7 +184,7 @@ class SelectedSaved(Call):
         dlse : array, shape (..., H, N), optional
             Gradient of the log-sum-exp, where the loss uses it.
         """
-        _check_cotangents(self, dout, dlse)
+        require_cotangents(self, dout, dlse)
         problem, xp = _problem(self), arrays.namespace(self.q)
         rows = problem.q.shape[:3]
         wide = (*rows, self.v.shape[-1])
@@ -196,7 +196,7 @@ class SelectedSaved(Call):
         delta = kernel.delta(dout, out, lse, dlse)
         grads = kernel.backward(problem, dout, lse, delta)
         return gradients(("q", "k", "v"))(
-            *(_unbroadcast(xp, grads[name], getattr(self, name), self.placement.batch)
+            *(unbroadcast(xp, grads[name], getattr(self, name), self.placement.batch)
               for name in "qkv"))
 
 
@@ -264,7 +264,7 @@ def forward(q: Array, k: Array, v: Array, blocks: Any, *, block_size: int,
     8
     """
     xp = arrays.namespace(q, k, v)
-    batch = _check_operands(q, k, v)
+    batch = require_operands(q, k, v)
     arrays.require_same_device({"q": q, "k": k, "v": v})
     (heads, n), (groups, m) = q.shape[-3:-1], k.shape[-3:-1]
     block_size = require_integer("block_size", block_size, minimum=1)
@@ -311,8 +311,8 @@ def _problem(call: Call) -> Selection:
     """The kernel's view of a call: leading axes in one."""
     q, placement = call.q, call.placement
     xp = arrays.namespace(q)
-    scale = _per_head(xp, call.scale, q.shape[-3], arrays.accumulator(xp, q), q)
-    k, v = (_flat(xp, x, placement.batch) for x in (call.k, call.v))
-    return Selection(_flat(xp, q, placement.batch), k, v, scale, _lists(call), call.block_size,
+    scale = per_head(xp, call.scale, q.shape[-3], arrays.accumulator(xp, q), q)
+    k, v = (flat(xp, x, placement.batch) for x in (call.k, call.v))
+    return Selection(flat(xp, q, placement.batch), k, v, scale, _lists(call), call.block_size,
                      call.causal, placement.offset, placement.q_lengths, placement.kv_lengths,
                      call.softcap)

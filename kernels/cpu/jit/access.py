@@ -89,22 +89,6 @@ def rounded(context, x, unit):
 
 
 @intrinsic
-def prefetch(context, place):
-    """Ask for the cache line at address `place` to be brought near, soon to be written to."""
-    def ask(context, builder, signature, values):
-        number = ir.IntType(32)
-        pointer = builder.inttoptr(values[0], ir.IntType(8).as_pointer())
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [pointer.type] + [number] * 3),
-            "llvm.prefetch.p0")
-        write, keep, data = number(1), number(3), number(1)
-        builder.call(function, [pointer, write, keep, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), ask
-
-
-@intrinsic
 def numbers(context, place, count, like):
     """Return the `count` numbers from address `place` on, as an array."""
     kind = types.Array(like, 1, "C")

@@ -27,7 +27,7 @@ from ..compile import kernel, part
 from .access import fetch_add, job_at, load, numbers, prefetch, rounded, store
 from .backward import add_transposed
 from .masking import NONE, ONE, STRAIGHT, TRANSPOSED, allowed, exact_product
-from .packing import NOWHERE, TILE, lse_place, pack_tile, size_of
+from .packing import LINE, NOWHERE, TILE, lse_place, pack_tile, size_of
 from .terms import cap_scores
 from .vector import (
     convert_rows,
@@ -44,7 +44,6 @@ from .vector import (
     write_rows,
 )
 
-CACHE_LINE = np.int64(64)
 STEP, NOTHING = np.int64(1), np.int64(0)
 PAIRED = np.int64(32)
 """Rows that a product of bfloat16 takes as its depth come in multiples of this."""
@@ -125,7 +124,7 @@ def expect(target, places, rows, nbytes):
     """Have rows of `nbytes` that lie apart brought near, while something else is computed."""
     for r in range(rows):
         row = target + load(places + 8 * r, np.int64(0)) * nbytes
-        for line in range(row, row + nbytes, CACHE_LINE):
+        for line in range(row, row + nbytes, LINE):
             prefetch(line)
 
 
