@@ -45,8 +45,9 @@ from .vector import (
 )
 
 STEP, NOTHING = np.int64(1), np.int64(0)
-PAIRED = np.int64(32)
-"""Rows that a product of bfloat16 takes as its depth come in multiples of this."""
+PAIRED, SIDE = np.int64(32), np.int64(16)
+"""What a product of bfloat16 takes as its depth comes in multiples of the first, and the rows that
+it writes may be rounded up to the second."""
 DIRECT = np.int64(9)
 """From so many heads on, the rows of a token alone are enough for a product over what is theirs."""
 NO_NAME = np.int64(-1)
@@ -212,17 +213,17 @@ def meet(job, b, tile, first_key, keys, low, high, shared, base, scratch, unit, 
     v = (job.v.pairs if job.fold > 1 else job.v.rows) + tile * TILE * job.e_padded * each
     wide = min(TILE, -(-keys // job.lanes) * job.lanes)
     strange = load(job.v.notes + tile, np.uint8(0)) != 0
+    direct = shared >= DIRECT and (job.fold == 1 or shared % SIDE == 0)
     left, entry, head = (high - low) * shared, low, NOTHING
     while left > 0:
         rows = min(left, TILE)
-        if shared >= TILE:
+        if direct and shared >= TILE:
             rows = min(rows, shared - head)
-        elif shared >= DIRECT:
+        elif direct:
             rows = run_length(job.lists, entry, high, TILE // shared) * shared
         left -= rows
         entry, head, together = next_rows(job.lists, shared, entry, head, rows, base, places)
-        # a product of bfloat16 may write more rows than it is told
-        together = together and (job.fold == 1 or rows % PAIRED == 0)
+        together = together and (job.fold == 1 or rows % SIDE == 0)
         row = load(places, np.int64(0))
         q, acc = scratch + near.q + row * job.d_padded * each, scratch + near.acc
         tops, sums = scratch + near.tops + row * size, scratch + near.sums + row * job.lanes * size
@@ -441,9 +442,8 @@ def column(job, line, block, tile, low, high, scratch, unit, operand):
             dq = scratch + far.product
             if rows < depth:
                 pad_rows(job, rows, depth, q, dout, shifts, means, unit, operand)
-        # a product of bfloat16 may write more rows than it is told
-        direct = (not together and shared >= DIRECT and job.fold == 1
-                  and not (masked and strange_k))
+        direct = (not together and shared >= DIRECT and not (masked and strange_k)
+                  and (job.fold == 1 or shared % SIDE == 0))
         q_pairs, dout_pairs = q, dout
         if job.fold > 1:
             q_pairs, dout_pairs = scratch + far.q_pairs, scratch + far.dout_pairs
@@ -507,9 +507,9 @@ def add_by_runs(job, rows, met, dscores, k, dq_all, places, unit, operand):
         row, stop = load(places + 8 * start, np.int64(0)), start + 1
         while stop < rows and load(places + 8 * stop, np.int64(0)) == row + stop - start:
             stop += 1
-        multiply(stop - start, job.d_padded, met, dscores + start * TILE * job.size, TILE, 1, k,
-                 job.d_padded, dq_all + row * job.d_padded * job.size, job.d_padded, 1, unit,
-                 operand)
+        multiply(stop - start, job.d_padded, met, dscores + start * TILE * job.size,
+                 TILE * job.fold, 1, k, job.d_padded * job.fold,
+                 dq_all + row * job.d_padded * job.size, job.d_padded, 1, unit, operand)
         start = stop
 
 
