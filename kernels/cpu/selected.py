@@ -20,7 +20,7 @@ __all__ = ["backward", "delta", "forward", "refuses"]
 LEAST_BLOCK = 8
 """Smaller blocks would fill tiles with little else than padding."""
 
-ROWS = 128
+ROWS = 192
 """Rows that are to meet a block of keys at a time, on average."""
 
 CHUNK_ROWS = (256, 2**15)
@@ -109,7 +109,9 @@ def forward(p: Any) -> tuple[np.ndarray, np.ndarray]:
     job.describe_result("out", out, False)
     job.put("lse", address(lse), *lse.strides[:2])
     least, most = (-(-rows // max(1, shared)) for rows in CHUNK_ROWS)
-    chunk = min(max(meeting(p, g), least), most, max(1, g.n))
+    # many cores are to have something to do, too
+    chunk = max(least, min(meeting(p, g), most, -(-g.n * lines // UNITS)))
+    chunk = min(chunk, max(1, g.n))
     starts, scratch = forward_scratch(g, chunk * shared)
     job.put("lists.chunk", chunk)
     job.put("near", *starts)
