@@ -15,7 +15,7 @@ from . import threads
 from .compile import native
 from .host import dot_product, vector_bytes
 from .memory import CACHE_LINE, address, address_of_buffer, aligned
-from .records import JOB, PACK, SOURCES, TARGET
+from .records import JOB, LISTS, PACK, SOURCES, TARGET
 
 TILE = 64
 
@@ -32,6 +32,7 @@ OFFSETS |= {f"{name}.{part}": OFFSETS[name] + PACK.fields[part][1]
             for name in ("q", "k", "v", "dout") for part in PACK.names}
 OFFSETS |= {f"{name}.{part}": OFFSETS[name] + TARGET.fields[part][1]
             for name in ("out", "dq", "dk", "dv") for part in TARGET.names}
+OFFSETS |= {f"lists.{part}": OFFSETS["lists"] + LISTS.fields[part][1] for part in LISTS.names}
 
 _masks: weakref.WeakKeyDictionary[Any, tuple[bytes, list[np.ndarray], float]] = (
     weakref.WeakKeyDictionary())
@@ -93,43 +94,24 @@ def geometry(batch: int, q: tuple[int, ...], v: tuple[int, ...], given: np.dtype
                     e_padded, d_depth, e_depth, row_tiles, key_tiles, bytes(memory))
 
 
-class Job:
-    """One call: a record of addresses, and what keeps them valid."""
+class Operands:
+    """One call: a record of addresses of q, k and v, and what keeps them valid."""
 
-    def __init__(self, problem: Any, g: Geometry, record: bytes) -> None:
-        p = self.problem = problem
+    def __init__(self, g: Geometry, record: bytes, q: np.ndarray, k: np.ndarray, v: np.ndarray,
+                 scale: np.ndarray, q_lengths: np.ndarray, kv_lengths: np.ndarray,
+                 q_index: np.ndarray | None = None, k_index: np.ndarray | None = None) -> None:
         self.dtype, self.kind, self.batch = g.dtype, g.kind, g.batch
         self.alive: list[Any] = []
         self.memory = bytearray(record)
         self.place = address_of_buffer(self.memory)
-        self.scale = scale = self.hold(p.scale)
-        self.q_lengths = self.hold(p.q_lengths, np.int32)
-        kv_lengths = self.hold(p.kv_lengths, np.int32)
-        self.q_index = self.list_tokens(p.q_index, g.n)
-        self.k_index = self.list_tokens(p.k_index, g.m)
-        self.describe("q", p.q, self.q_index, self.q_lengths, scale)
-        self.describe("k", p.k, self.k_index, kv_lengths)
-        self.describe("v", p.v, self.k_index, kv_lengths)
-        mask, held, tiles = mask_record(p.blocks)
-        self.alive.append(held)
-        self.memory[OFFSETS["bits"]:OFFSETS["bits"] + len(mask)] = mask
-        self.put("layout", self.hold(p.layout, np.int32))
-        self.flops = 2.0 * TILE * TILE * tiles * g.batch * g.heads * (g.d + g.e)
-        if p.bias is not None or p.gate is not None or p.offsets is not None:
-            self.describe_terms(p)
-        if p.sinks is not None:
-            self.put("sinks", self.hold(p.sinks))
-        if p.softcap is not None:
-            self.put_float("softcap", p.softcap)
-        if p.dropout:
-            self.put_float("keep", 1 / (1 - p.dropout))
-            self.put("threshold", int(p.dropout * 2**32), p.dropout_seed % 2**32,
-                     p.dropout_seed >> 32)
-        if p.q_positions is not None:
-            for name in ("q_positions", "k_positions", "streams"):
-                x = getattr(p, name)
-                if x is not None:
-                    self.put(name, self.hold(x, np.int32), 4 * x.shape[1] if len(x) > 1 else 0)
+        self.scale = self.hold(scale)
+        self.q_lengths = self.hold(q_lengths, np.int32)
+        lengths = self.hold(kv_lengths, np.int32)
+        self.q_index = self.list_tokens(q_index, g.n)
+        self.k_index = self.list_tokens(k_index, g.m)
+        self.describe("q", q, self.q_index, self.q_lengths, self.scale)
+        self.describe("k", k, self.k_index, lengths)
+        self.describe("v", v, self.k_index, lengths)
 
     def put(self, field: str, *values: int) -> None:
         """Write integers from a field on."""
@@ -175,6 +157,48 @@ class Job:
         self.alive.append(x)
         self.put(f"{name}.at", address(x), *x.strides[:3], SOURCE_CODES[x.dtype], x.itemsize, onto)
 
+    def workspace(self, **sizes: int) -> dict[str, int]:
+        """Make room for several arrays of so many bytes; return their addresses, 0 for none."""
+        starts, total = sections(tuple(sizes.values()))
+        base = self.empty(total, dtype=np.uint8)
+        return {name: base + start if sizes[name] else 0
+                for name, start in zip(sizes, starts, strict=True)}
+
+    def run(self, kernel: str, units: int, scratch_bytes: int = 0, flops: float = 0.0,
+            at: str = "size") -> None:
+        """Run a kernel over its units of work."""
+        threads.run(native(kernel, self.kind), self.place + OFFSETS[at], units,
+                    scratch_bytes, int(flops / HELPER_FLOPS))
+
+
+class Job(Operands):
+    """A call of the softmax engine, with its mask and terms."""
+
+    def __init__(self, problem: Any, g: Geometry, record: bytes) -> None:
+        p = problem
+        super().__init__(g, record, p.q, p.k, p.v, p.scale, p.q_lengths, p.kv_lengths, p.q_index,
+                         p.k_index)
+        mask, held, tiles = mask_record(p.blocks)
+        self.alive.append(held)
+        self.memory[OFFSETS["bits"]:OFFSETS["bits"] + len(mask)] = mask
+        self.put("layout", self.hold(p.layout, np.int32))
+        self.flops = 2.0 * TILE * TILE * tiles * g.batch * g.heads * (g.d + g.e)
+        if p.bias is not None or p.gate is not None or p.offsets is not None:
+            self.describe_terms(p)
+        if p.sinks is not None:
+            self.put("sinks", self.hold(p.sinks))
+        if p.softcap is not None:
+            self.put_float("softcap", p.softcap)
+        if p.dropout:
+            self.put_float("keep", 1 / (1 - p.dropout))
+            self.put("threshold", int(p.dropout * 2**32), p.dropout_seed % 2**32,
+                     p.dropout_seed >> 32)
+        if p.q_positions is not None:
+            for name in ("q_positions", "k_positions", "streams"):
+                x = getattr(p, name)
+                if x is not None:
+                    self.put(name, self.hold(x, np.int32), 4 * x.shape[1] if len(x) > 1 else 0)
+
     def describe_terms(self, p: Any) -> None:
         """Make bias, gate and offsets known."""
         for name, term in (("bias", p.bias), ("gate", p.gate)):
@@ -188,19 +212,6 @@ class Job:
             rows, width = p.offsets.shape
             self.put("offsets", self.hold(p.offsets), width * self.dtype.itemsize * (rows > 1),
                      width, p.offset_origin)
-
-    def workspace(self, **sizes: int) -> dict[str, int]:
-        """Make room for several arrays of so many bytes; return their addresses, 0 for none."""
-        starts, total = sections(tuple(sizes.values()))
-        base = self.empty(total, dtype=np.uint8)
-        return {name: base + start if sizes[name] else 0
-                for name, start in zip(sizes, starts, strict=True)}
-
-    def run(self, kernel: str, units: int, scratch_bytes: int = 0, flops: float = 0.0,
-            at: str = "size") -> None:
-        """Run a kernel over its units of work."""
-        threads.run(native(kernel, self.kind), self.place + OFFSETS[at], units,
-                    scratch_bytes, int(flops / HELPER_FLOPS))
 
 
 def put(memory: bytearray, field: str, *values: int) -> None:

@@ -47,6 +47,22 @@ FORWARD_SCRATCH = _record("q acc scores gates row words names tops sums decays k
 BACKWARD_SCRATCH = _record("k_rows k_columns k_pairs v_columns dk dv weights dscores slopes dgates "
                            "operand words names row kept packed")
 
+LISTS = _record(
+    "start token "              # int64 (lines, blocks + 1), int32: who lists each block of keys
+    "blocks "                   # how many there are; a line is a batch item and a group
+    "block_size parts width "   # a block's keys, in so many tiles of so many keys
+    "lengths "                  # int32 (batch,): keys from here on are padding
+    "offset "                   # int32 (batch,): the position of query 0
+    "causal "
+    "chunk "                    # tokens whose rows a forward holds at a time
+    "first last")               # tokens that this round of a backward is about
+
+LISTED_FORWARD = _record("q acc sums tops places rows row_sums row_tops product scores words "
+                         "decays shares")
+
+LISTED_BACKWARD = _record("k_rows k_columns k_pairs v_columns places q dout q_pairs dout_pairs "
+                          "shifts means weights dscores slopes product operand words")
+
 JOB = np.dtype([
     *_record("size operand fold lanes "     # bytes of a number and of an operand, operands that
                                             # lie side by side, numbers in a vector
@@ -72,6 +88,8 @@ JOB = np.dtype([
     # pieces: int64 lists of (batch, group) pairs, and which slice of its owner a piece is
     *_record("pairs piece_start piece_slice chunks short per_pair phase").descr,
     ("back", BACKWARD_SCRATCH),
+    # for listed blocks of keys
+    ("lists", LISTS), ("near", LISTED_FORWARD), ("far", LISTED_BACKWARD),
 ])
 
 DELTA = _record("size kind heads n e e_padded "

@@ -23,7 +23,7 @@ from ..arrays import Array
 from ..checks import DtypeError, OptionError, ShapeError, require_broadcast, require_real
 from ..differentiable import Saved, gradients
 from .problem import record
-from .softmax import _flat, require_operands, unbroadcast
+from .softmax import flat, require_operands, unbroadcast
 
 
 class ByKey(NamedTuple):
@@ -350,7 +350,7 @@ def forward(q: Array | None, k: Array | None, v: Array, edges: Edges, *,
 def _problem(saved: EdgesSaved, batch: tuple[int, ...]) -> EdgesProblem:
     """The kernel's view of a call: leading axes in one."""
     xp = arrays.namespace(saved.v)
-    q, k, v = (None if x is None else _flat(xp, x, batch)
+    q, k, v = (None if x is None else flat(xp, x, batch)
                for x in (saved.q, saved.k, saved.v))
     bias = saved.bias
     if bias is not None:

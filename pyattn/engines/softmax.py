@@ -98,7 +98,7 @@ class SoftmaxSaved(Call):
         dlse : array, shape (..., H, N), optional
             Gradient of the log-sum-exp, where the loss uses it.
         """
-        _check_cotangents(self, dout, dlse)
+        require_cotangents(self, dout, dlse)
         divided = _divided(self)
         problem, xp = _problem(self, divided), arrays.namespace(self.q)
         acc = arrays.accumulator(xp, self.q)
@@ -240,7 +240,8 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) ->
         raise ShapeError(f"the leading axes of q, k and v must broadcast ({shapes})") from None
 
 
-def _check_cotangents(saved: SoftmaxSaved, dout: Array, dlse: Array | None) -> None:
+def require_cotangents(saved: Any, dout: Array, dlse: Array | None) -> None:
+    """Raise unless dout and dlse fit the out and lse of `saved`."""
     arrays.namespace(saved.q, dout, dlse)
     if tuple(dout.shape) != tuple(saved.out.shape):
         raise ShapeError(f"dout must have the shape of the output, {tuple(saved.out.shape)}; got "
@@ -296,8 +297,8 @@ def _problem(call: Call, divided: parts.Parts | None = None) -> Problem:
     acc = arrays.accumulator(xp, q)
     blocks = placement.compile(call.mask if divided is None else EVERYTHING)
     fields = {
-        "q": _flat(xp, q, own), "k": _flat(xp, call.k, own), "v": _flat(xp, call.v, own),
-        "scale": _per_head(xp, call.scale, heads, acc, q), "blocks": blocks,
+        "q": flat(xp, q, own), "k": flat(xp, call.k, own), "v": flat(xp, call.v, own),
+        "scale": per_head(xp, call.scale, heads, acc, q), "blocks": blocks,
         "layout": _layout(blocks.layout, batch, heads), "q_lengths": placement.q_lengths,
         "kv_lengths": placement.kv_lengths, "softcap": call.softcap,
         "bias": _term(xp, call.bias, batch), "gate": _term(xp, call.gate, batch),
@@ -308,7 +309,7 @@ def _problem(call: Call, divided: parts.Parts | None = None) -> Problem:
     if call.order is not None:
         fields["q_index"] = fields["k_index"] = call.order.listing(math.prod(own))
     if call.sinks is not None:
-        fields["sinks"] = _per_head(xp, call.sinks, heads, acc, q)
+        fields["sinks"] = per_head(xp, call.sinks, heads, acc, q)
     if call.offsets is not None or call.dropout:
         fields |= {"q_positions": placement.q_positions, "k_positions": placement.k_positions,
                    "streams": placement.streams, "offset_origin": placement.distance_origin}
@@ -321,7 +322,7 @@ def _layout(layout: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarra
     return np.broadcast_to(layout, (*batch, heads)).reshape(math.prod(batch), heads)
 
 
-def _per_head(xp: Any, value: Array | float, heads: int, acc: Any, like: Array) -> Array:
+def per_head(xp: Any, value: Array | float, heads: int, acc: Any, like: Array) -> Array:
     """A number, or an array that broadcasts to (H,), as (H,) in the dtype `acc`."""
     if is_array(value):
         return xp.broadcast_to(arrays.cast(xp, value, acc), (heads,))
@@ -338,7 +339,7 @@ def _filled(size: int, value: float, dtype: Any) -> np.ndarray:
     return array
 
 
-def _flat(xp: Any, x: Array, batch: tuple[int, ...]) -> Array:
+def flat(xp: Any, x: Array, batch: tuple[int, ...]) -> Array:
     """(..., H, N, D) as (B, H, N, D): a view unless broadcast axes cannot be merged in place."""
     if x.shape[:-3] != batch:
         x = xp.broadcast_to(x, (*batch, *x.shape[-3:]))

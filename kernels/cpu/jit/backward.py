@@ -245,7 +245,7 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
     v_columns, names = scratch + job.back.v_columns, scratch + job.back.names
     dk, dv = scratch + job.back.dk, scratch + job.back.dv
     weights, dscores = scratch + job.back.weights, scratch + job.back.dscores
-    words = scratch + job.back.words
+    words, turned = scratch + job.back.words, scratch + job.back.operand
     queries = np.int64(load(job.q.lengths + 4 * b, np.int32(0)))
     count = min(TILE, np.int64(load(job.k.lengths + 4 * b, np.int32(0))) - t * TILE)
     limit = min(rows_last, -(-queries // TILE)) if count > 0 else np.int64(0)
@@ -298,7 +298,7 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
                               job.e_padded, unit, operand)
             else:
                 # dv += p^T dout
-                add_transposed(job, depth, met, weights, dout_pairs, job.e_padded, dv, scratch,
+                add_transposed(job, depth, met, weights, dout_pairs, job.e_padded, dv, turned,
                                unit, operand)
             exact = masked and load(space + job.q.notes + place, np.uint8(0)) != 0
             if exact:
@@ -306,7 +306,7 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
                               job.d_padded, unit, operand)
             else:
                 # dk += dscore^T q
-                add_transposed(job, depth, met, dscores, q_pairs, job.d_padded, dk, scratch, unit,
+                add_transposed(job, depth, met, dscores, q_pairs, job.d_padded, dk, turned, unit,
                                operand)
             if masked and strange_k:
                 exact_product(job, rows, job.d, dscores, TILE, words, 8, STRAIGHT, k_pairs, dq,
@@ -324,13 +324,13 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
 
 
 @part
-def add_transposed(job, depth, met, tile, source, padded, target, scratch, unit, operand):
+def add_transposed(job, depth, met, tile, source, padded, target, turned, unit, operand):
     """Add tile^T @ source to target, for `depth` rows and the first `met` columns of the tile.
 
-    `source` is packed as a product over its rows takes it.
+    `source` is packed as a product over its rows takes it, and `turned` is where bfloat16 has room
+    for the transpose.
     """
     if job.fold > 1:
-        turned = scratch + job.back.operand
         pair_rounded(tile, TILE, depth, TILE, turned, TILE)
         multiply(TILE, padded, depth, turned, TILE, 1, source, padded * job.fold, target, padded, 1,
                  unit, operand)
