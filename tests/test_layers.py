@@ -15,7 +15,7 @@ import pyattn
 from pyattn import layers
 from pyattn.checks import DtypeError, OptionError, ShapeError
 from pyattn.differentiable import Saved, differentiable, gradients
-from pyattn.layers.activation import ACTIVATIONS, erf
+from pyattn.features.activation import ACTIVATIONS, erf
 
 
 @dataclasses.dataclass(frozen=True)

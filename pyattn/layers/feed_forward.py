@@ -8,8 +8,8 @@ from typing import Any
 from ..arrays import Array
 from ..checks import require_choice
 from ..differentiable import Saved, differentiable, gradients
+from ..features.activation import ACTIVATIONS
 from ..features.precision import cast_like, require_same_shape, widened
-from .activation import ACTIVATIONS
 from .linear import affine, affine_gradients, require_affine
 
 
