@@ -1,9 +1,12 @@
-"""What comes before an engine: positions, feature maps, pooling, hashing, clusters."""
+"""What comes before an engine: positions, feature maps, pooling, hashing."""
 
 from .clustering import commitment_loss, kmeans, segment_means, update_centroids
+from .compression import compress
 from .hashing import lsh_hash
 from .normalise import standardise, unit_length
 from .positions import add_positions, embedding, rotary, sinusoidal
 
-__all__ = ["add_positions", "commitment_loss", "embedding", "kmeans", "lsh_hash", "rotary",
-           "segment_means", "sinusoidal", "standardise", "unit_length", "update_centroids"]
+__all__ = [
+    "add_positions", "commitment_loss", "compress", "embedding", "kmeans", "lsh_hash", "rotary",
+    "segment_means", "sinusoidal", "standardise", "unit_length", "update_centroids",
+]
