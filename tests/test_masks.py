@@ -79,6 +79,8 @@ CASES = {
     "strided-3": (lambda n, m: masks.strided(3), lambda i, j, p, n, m: (p - j) % 3 == 0),
     "fixed": (lambda n, m: masks.fixed(20, 3),
               lambda i, j, p, n, m: (p // 20 == j // 20) | (j % 20 >= 17)),
+    "staircase": (lambda n, m: masks.staircase(7, 3), lambda i, j, p, n, m: 3 * j + 6 <= p),
+    "staircase-1": (lambda n, m: masks.staircase(1, 1), lambda i, j, p, n, m: j <= p),
     "predicate": (lambda n, m: masks.predicate(lambda i, j: (i * j) % 5 == 0),
                   lambda i, j, p, n, m: (p * j) % 5 == 0),
     "predicate-bounds": (
@@ -169,8 +171,8 @@ def test_a_mask_is_its_rule(name, n, m):
     check(~mask | ~masks.window(40, 40), n, m, ~(expected & near))
 
 
-POSITIONAL = ["causal", "window", "dilated", "global", "strided", "fixed", "predicate",
-              "predicate-bounds"]
+POSITIONAL = ["causal", "window", "dilated", "global", "strided", "fixed", "staircase",
+              "predicate", "predicate-bounds"]
 
 
 @pytest.mark.parametrize("name", POSITIONAL)

@@ -352,6 +352,57 @@ class global_tokens(Positional):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class staircase(Positional):
+    """Key c sums up a block of tokens, and is seen once the block is complete.
+
+    Block c is tokens ``c * stride .. c * stride + block_size - 1``, so a query at position i sees
+    the keys with ``c * stride + block_size - 1 <= i``.
+
+    Parameters
+    ----------
+    block_size, stride : int >= 1, tokens
+        Blocks overlap where the stride is smaller.
+
+    Examples
+    --------
+    >>> from pyattn import masks
+    >>> print(masks.placed(masks.staircase(3, 2), 0).draw(8, 3))
+    ···
+    ···
+    █··
+    █··
+    ██·
+    ██·
+    ███
+    ███
+
+    References
+    ----------
+    .. [1] Yuan et al., "Native Sparse Attention", 2025, arXiv:2502.11089, section 3.3.1.
+    """
+
+    block_size: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "stride"):
+            value = require_integer(f"staircase's {name}", getattr(self, name), minimum=1)
+            self._set(**{name: value})
+
+    def allowed(self, i: Index, j: Index) -> np.ndarray:
+        return j * self.stride + (self.block_size - 1) <= i
+
+    def classify(self, i0: Index, i1: Index, j0: Index, j1: Index) -> np.ndarray:
+        s = self.stride
+        return within(i0 - j1 * s, i1 - j0 * s, self.block_size - 1, FAR)
+
+    def signature(self, i0: Index, j0: Index) -> tuple[np.ndarray, ...]:
+        # how far the first key of a tile is behind the last token of its block
+        ahead = i0 - j0 * self.stride - (self.block_size - 1)
+        return (np.clip(ahead, -TILE, TILE * self.stride),)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class predicate(Positional):
     """A rule of your own: a query sees the keys for which ``function(i, j)`` is True.
 
