@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .variants.local_2d import local_attention_2d
     from .variants.longformer import longformer_attention
     from .variants.lsh import lsh_attention
+    from .variants.nsa import nsa_attention
     from .variants.random_attention import random_attention
     from .variants.routing import routing_attention
     from .variants.sliding_window import sliding_window_attention
@@ -57,6 +58,7 @@ VARIANTS = {
     "local_attention_2d": "variants.local_2d",
     "longformer_attention": "variants.longformer",
     "lsh_attention": "variants.lsh",
+    "nsa_attention": "variants.nsa",
     "random_attention": "variants.random_attention",
     "routing_attention": "variants.routing",
     "sliding_window_attention": "variants.sliding_window",

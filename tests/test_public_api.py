@@ -23,6 +23,7 @@ CORE = """
     longformer_attention coarse_fine_attention
     lsh_attention routing_attention
     graph_attention gat_attention top_k_attention bp_attention
+    nsa_attention
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError
@@ -33,7 +34,7 @@ MASKS = """
 """.split()
 LAYERS = """
     linear layer_norm feed_forward rotary multi_head cross_attention transformer_block
-    swin_block patch_merging swin timesformer_block
+    swin_block patch_merging swin timesformer_block nsa_layer
 """.split()
 TESTING = ["check", "gradcheck", "cases"]
 
@@ -133,6 +134,7 @@ NEEDED = {
     "global_local_attention": {"first": 1},
     "local_attention_2d": {"shape": (1, 2), "window": 1},
     "longformer_attention": {"window": 1, "global_index": (0,)},
+    "nsa_attention": {"gates": np.ones((1, 2, 3))},
     "random_attention": {"num_random": 1},
     "routing_attention": {"centroids": np.zeros((1, 1, 4)), "cluster_size": 1},
     "sliding_window_attention": {"window": 1},

@@ -11,6 +11,7 @@ from .linear import linear
 from .loss import cross_entropy
 from .multi_head import cross_attention, multi_head, projected_attention
 from .norm import layer_norm
+from .nsa import init_nsa_layer, nsa_layer
 from .optimise import adam, clip_by_norm
 from .swin import init_swin, init_swin_block, patch_merging, swin, swin_block
 from .timesformer import init_timesformer_block, timesformer_block
@@ -19,8 +20,8 @@ from .vit import init_vit, patchify, vit
 
 __all__ = [
     "adam", "add_positions", "clip_by_norm", "cross_attention", "cross_entropy", "embedding",
-    "feed_forward", "init_language_model", "init_swin", "init_swin_block", "init_timesformer_block",
-    "init_transformer_block", "init_vit", "language_model", "layer_norm", "linear", "multi_head",
-    "patch_merging", "patchify", "projected_attention", "rotary", "swin", "swin_block",
-    "timesformer_block", "transformer", "transformer_block", "vit",
+    "feed_forward", "init_language_model", "init_nsa_layer", "init_swin", "init_swin_block",
+    "init_timesformer_block", "init_transformer_block", "init_vit", "language_model", "layer_norm",
+    "linear", "multi_head", "nsa_layer", "patch_merging", "patchify", "projected_attention",
+    "rotary", "swin", "swin_block", "timesformer_block", "transformer", "transformer_block", "vit",
 ]
