@@ -415,6 +415,89 @@ def test_errors(error, change):
         pyattn.nsa_attention(**{**given, **SMALL, **change})
 
 
+CONTENT = {
+    "kmeans": {"mode": "kmeans", "segment": 16, "num_clusters": 3, "num_selected": 9,
+               "num_top_clusters": 2, "window": 5},
+    "medoids": {"mode": "kmeans", "segment": 16, "num_clusters": 3, "num_selected": 9,
+                "representative": "medoid", "metric": "cosine", "window": 5},
+    "tree": {"mode": "kmeans", "segment": 4, "num_clusters": 2, "num_selected": 9, "tree": True,
+             "window": 5},
+    "no duplicates": {"mode": "kmeans", "segment": 16, "num_selected": 9, "threshold": -0.5,
+                      "duplicate_threshold": 0.9, "window": 5},
+    "lsh": {"mode": "lsh", "segment": 16, "num_buckets": 4, "num_rounds": 2, "rng": 0,
+            "num_selected": 9, "window": 5},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CONTENT)
+def test_other_modes_mix_their_branches(case, backend):
+    """Gates that open one branch at a time add up to any mixture; so do the gradients."""
+    given = draw(Shape((2,), 4, 2, 70, 70, 8, 6), separate=True)
+    with pyattn.use_backend(backend):
+        out, saved = pyattn.nsa_attention.forward(**given, **CONTENT[case])
+        frozen = {name: x for name, x in CONTENT[case].items() if name != "rng"}
+        total = 0
+        for branch in range(3):
+            gates = only(branch, given["q"].shape)
+            part, kept = pyattn.nsa_attention.forward(**{**given, "gates": gates}, **frozen,
+                                                      decisions=saved.decisions)
+            assert kept.decisions.keys() == saved.decisions.keys()
+            total = total + given["gates"][..., branch:branch + 1] * part
+        near = pyattn.attention(given["q"], given["k_window"], given["v_window"], window=5,
+                                causal=True)
+    np.testing.assert_allclose(out, total, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(part, near, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("combine", ["gates", "single_softmax"])
+@pytest.mark.parametrize("case", CONTENT)
+def test_differences_of_other_modes(case, combine):
+    given = draw(Shape((2,), 4, 2, 40, 40, 4, 4), separate=case == "kmeans")
+    options = {**CONTENT[case], "combine": combine}
+    _, saved = pyattn.nsa_attention.forward(**given, **options)
+    options.pop("rng", None)
+    result = gradcheck(pyattn.nsa_attention, **given, **options, decisions=saved.decisions,
+                       n_projections=1)
+    assert {a.name for a in result.arguments} == set(given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("combine", ["gates", "single_softmax"])
+@pytest.mark.parametrize("case", CONTENT)
+def test_in_other_modes_too_the_future_changes_nothing(case, combine, backend):
+    given = draw(Shape((1,), 4, 2, 100, 100, 8, 8))
+    options = {**CONTENT[case], "combine": combine}
+    with pyattn.use_backend(backend):
+        before = pyattn.nsa_attention(**given, **options)
+        for t in (5, 31, 64, 90):
+            changed = {name: x.copy() for name, x in given.items()}
+            for x in changed.values():
+                x[..., t:, :] = np.random.default_rng(t).uniform(0, 1, x[..., t:, :].shape)
+            after = pyattn.nsa_attention(**changed, **options)
+            np.testing.assert_allclose(after[..., :t, :], before[..., :t, :], rtol=0, atol=1e-13)
+
+
+def test_article_mode_with_one_softmax_over_clusters_of_one():
+    """Each key a cluster of its own: the compressed branch is dense but for the open segment."""
+    given = draw(Shape((2,), 2, 1, 40, 40, 8, 8))
+    given["gates"] = only(0, given["q"].shape)
+    out = pyattn.nsa_attention(**given, mode="kmeans", segment=1, num_clusters=1,
+                               combine="single_softmax")
+    want = pyattn.attention(*(given[x] for x in "qkv"), causal=True)
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("change", [
+    {"mode": "kmeans", "block_size": 16}, {"mode": "lsh", "metric": "cosine"},
+    {"segment": 16}, {"tree": True}, {"rng": 0}, {"mode": "kmeans", "rotations": np.ones(3)},
+    {"mode": "kmeans", "k_weights": {"pe": np.ones((32, 4))}}], ids=str)
+def test_options_of_another_mode_are_refused(change):
+    given = draw(Shape((), 2, 1, 20, 20, 4, 4))
+    with pytest.raises(OptionError, match="must be left out: it is of mode"):
+        pyattn.nsa_attention(**given, **change)
+
+
 def layer_of(x, params, **options):
     """The layer written with plain products around the attention."""
     heads, groups = options["num_heads"], options["num_kv_heads"]

@@ -40,7 +40,8 @@ def _weights(p: Any, xp: Any, i: np.ndarray, position: np.ndarray, heads: int) -
     shape = (batch, groups, heads // groups, len(i))
     rows = slice(int(i[0]), int(i[-1]) + 1)
     q = xp.reshape(cast(xp, p.q[:, :, rows, :], acc), (*shape, d)) * p.scale
-    scores = xp.matmul(q, cast(xp, p.k, acc)[:, :, None, :, :].mT)
+    with np.errstate(invalid="ignore"):
+        scores = xp.matmul(q, cast(xp, p.k, acc)[:, :, None, :, :].mT)
     lse = xp.reshape(cast(xp, p.lse[:, :, rows], acc), (*shape, 1))
     c = np.arange(keys)
     seen = (c < p.complete[:, None, None]) & (i < p.q_lengths[:, None])[..., None]
@@ -48,7 +49,8 @@ def _weights(p: Any, xp: Any, i: np.ndarray, position: np.ndarray, heads: int) -
         seen = seen & (c * p.stride + p.block_size - 1 <= position[..., None])
     seen = from_host(xp, seen[:, None, None], where) & (lse != -math.inf)
     zero = xp.zeros((), dtype=acc, device=where)
-    weights = xp.exp(xp.where(seen, scores - xp.where(seen, lse, zero), zero))
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = xp.exp(xp.where(seen, scores - xp.where(seen, lse, zero), zero))
     weights = xp.where(seen & ~xp.isnan(weights), weights, zero)
     return to_host(xp.sum(weights, axis=2))
 

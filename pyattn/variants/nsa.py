@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from ..checks import (
     require_real,
 )
 from ..differentiable import Saved, differentiable, gradients
-from . import nsa_blocks
+from . import nsa_blocks, nsa_clusters
 from .attention import attention
 
 BRANCHES = ("compressed", "selected", "window")
@@ -82,6 +83,8 @@ class NsaSaved(Saved):
             grads |= {branch.k: grads.pop("k"), branch.v: grads.pop("v")}
             for name, grad in grads.items():
                 found[name] = arrays.added(found[name], grad) if name in found else grad
+            # each is as large as the output: the next branch needs the room
+            del dbranch, grads, grad
         found["gates"] = dgates
         return gradients(self.names)(**{name: found[name] for name in self.names})
 
@@ -91,12 +94,18 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
                   v_compressed: Array | None = None, k_window: Array | None = None,
                   v_window: Array | None = None, k_weights: Mapping[str, Array] | None = None,
                   v_weights: Mapping[str, Array] | None = None, *, mode: str = "paper",
-                  window: int = 511, block_size: int = 32, stride: int = 16,
-                  select_block: int = 64, num_selected: int = 16, num_initial: int = 1,
+                  window: int = 511, num_selected: int | None = None, block_size: int = 32,
+                  stride: int = 16, select_block: int = 64, num_initial: int = 1,
                   num_local: int = 2, compression: str = "mean", activation: str = "gelu",
-                  combine: str = "gates", causal: bool | str = True, scale: float | None = None,
-                  q_lengths: Any = None, kv_lengths: Any = None,
-                  decisions: Mapping[str, Any] | None = None) -> tuple[Array, NsaSaved]:
+                  num_clusters: int | None = None, iterations: int = 10, metric: str = "l2",
+                  representative: str = "mean", tree: bool = False, num_top_clusters: int = 8,
+                  num_buckets: Any = 16, num_rounds: int = 4, rng: Any = None,
+                  rotations: Array | None = None, num_candidates: int = 64,
+                  segment: int | None = None, threshold: float | None = None,
+                  duplicate_threshold: float | None = None, combine: str = "gates",
+                  causal: bool | str = True, scale: float | None = None, q_lengths: Any = None,
+                  kv_lengths: Any = None, decisions: Mapping[str, Any] | None = None,
+                  ) -> tuple[Array, NsaSaved]:
     """Native sparse attention: a summary of all, a few blocks in full, and the neighbours.
 
     A query attends three times, and its gates mix what the three branches find:
@@ -110,9 +119,17 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
       compressed branch (`pyattn.features.important_blocks`).
     - *window*: ``0 <= i - j <= window``.
 
-    E.g. six tokens, ``block_size=2, stride=1, select_block=2, num_selected=2, num_local=1,
-    window=1``: query 5 sees compressed {0, 1} {1, 2} {2, 3} {3, 4} {4, 5}, selected blocks
-    {0, 1} and {4, 5}, window {4, 5}; query 0 sees no compressed block, {0} and {0}.
+    That is ``mode="paper"``. In the other modes keys are grouped by what they hold. With
+    ``mode="kmeans"`` groups are clusters: in the compressed branch a key and a value that stand for
+    the members, with ``log |c|`` added to the score, and in the selected branch the `num_selected`
+    keys whose cosines with the query are largest, of the clusters nearest to it. Causal, tokens are
+    clustered segment by segment, and a segment's clusters are seen once it is over. With
+    ``mode="lsh"`` groups are buckets of random hashes, and keys are selected of the query's own.
+
+    E.g., in the paper's mode, six tokens, ``block_size=2, stride=1, select_block=2,
+    num_selected=2, num_local=1, window=1``: query 5 sees compressed {0, 1} {1, 2} {2, 3} {3, 4}
+    {4, 5}, selected blocks {0, 1} and {4, 5}, window {4, 5}; query 0 sees no compressed block,
+    {0} and {0}.
 
     Parameters
     ----------
@@ -131,16 +148,40 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     k_weights, v_weights : dicts of arrays, optional
         What keys and values are compressed with: ``pe`` (block_size, D), and ``w1, b1, w2, b2`` for
         ``compression="mlp"``, ``kernel`` for ``"conv"``, as for `pyattn.features.compress`.
-    mode : {"paper"}
+    mode : {"paper", "kmeans", "lsh"}
     window : int, tokens
         Neighbours before the query, besides itself: the paper's 512 keys are 511. Two-sided if not
         causal.
+    num_selected : int, default 16 blocks, or 64 keys in the modes without blocks
+        How long a list is.
     block_size, stride, select_block : int, tokens
-    num_selected, num_initial, num_local : int
-        Blocks in a list, and of these the ones that are always in it.
+        Of the paper's mode, as above.
+    num_initial, num_local : int
+        Blocks that are always in the list; of the paper's mode.
     compression : {"mean", "mlp", "conv"}
+        Of the paper's mode.
     activation : {"gelu", "relu", "gelu_tanh", "silu"}
         Of ``compression="mlp"``.
+    num_clusters, iterations, metric
+        Of ``"kmeans"``, as for `pyattn.features.kmeans`: clusters of a segment, by default one for
+        each 16 tokens, and of all, if not causal, sqrt(M).
+    representative : {"mean", "medoid"}
+        What stands for a cluster.
+    tree : bool
+        Clusters of clusters, eight by eight: what is long past is seen coarsely, and lists are
+        found from the top down, in O(log N) for each query.
+    num_top_clusters : int
+        Clusters that keys are selected from.
+    num_buckets, num_rounds, rng, rotations
+        Of ``"lsh"``, as for `pyattn.features.lsh_hash`. Buckets of the first round are the groups
+        of the compressed branch.
+    num_candidates : int
+        Keys of the query's bucket, in each round of hashes, that may be selected.
+    segment : int, default 64, tokens
+        Grouped on their own, if causal; of ``"kmeans"`` and ``"lsh"``.
+    threshold, duplicate_threshold : float, optional
+        Keys with a smaller cosine to the query are not selected, nor those with a larger one to a
+        key that is; of ``"kmeans"`` and ``"lsh"``.
     combine : {"gates", "single_softmax"}
         ``"gates"`` as above, each branch with a softmax of its own. ``"single_softmax"``: one
         softmax over the keys of all three, where a gate multiplies its branch's exponentials; a key
@@ -153,7 +194,9 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
         Tokens from here on are padding; a block that reaches there is not compressed. `kv_lengths`
         must broadcast to the leading axes of `k` and of `v`.
     decisions : dict, optional
-        What an earlier call selected, from its ``saved.decisions``: ``blocks`` (..., G, N, count).
+        What an earlier call selected, from its ``saved.decisions``: ``blocks`` (..., G, N, count);
+        in the other modes ``indices`` (..., G, N, num_selected), and ``clusters`` and ``medoids``,
+        or ``buckets``.
 
     Returns
     -------
@@ -163,19 +206,24 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     Raises
     ------
     ShapeError, DtypeError, OptionError
-        Arguments that do not fit, or more blocks that are always listed than `num_selected`.
+        Arguments that do not fit, more blocks that are always listed than `num_selected`, or an
+        option that is another mode's.
 
     Notes
     -----
-    Time O(N M / stride + N num_selected select_block + N window), each times H (D + E), where M
-    is halved by causality: not O(N log N). Telling importance costs as much again as the compressed
-    branch's products of queries and keys. Kept for backward: the arguments, for each branch its
-    output and log-sum-exp, compressed keys and values, and the lists. ``saved.branch_stats`` counts
-    each branch apart. The lists are constants of the backward, so compression learns from the
-    compressed branch alone. A branch is computed even where its gates are 0, whose gradient it is.
+    Time, in the paper's mode, O(N M / stride + N num_selected select_block + N window), each times
+    H (D + E), where M is halved by causality: not O(N log N). Telling importance costs as much
+    again as the compressed branch's products of queries and keys. With ``"kmeans"``
+    O(N (C + num_top_clusters M / C + num_selected + window)) for C clusters. Kept for backward: the
+    arguments, for each branch its output and log-sum-exp, compressed keys and values, and the
+    lists. ``saved.branch_stats`` counts each branch apart. Lists and groups are constants of the
+    backward, so compression learns from the compressed branch alone. A branch is computed even
+    where its gates are 0: its gates learn from it.
 
     Differs from the paper: importance goes by the tokens that blocks share (its equation 9 sums
-    over other indices than its text); sizes need not divide one another.
+    over other indices than its text); sizes need not divide one another. The modes without blocks
+    are not the paper's; they need equal leading axes of q, k and v, and take no weights. With keys
+    of their own for each branch, groups are those of `k_compressed`.
 
     References
     ----------
@@ -194,11 +242,21 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     >>> saved.backward(out)._fields, saved.decisions["blocks"].shape
     (('q', 'k', 'v', 'gates'), (2, 100, 2))
     """
-    require_choice("mode", mode, ("paper",))
+    require_choice("mode", mode, tuple(_OPTIONS))
     require_choice("combine", combine, tuple(_GATED))
     window = require_integer("window", window, minimum=0)
     causal = require_choice("causal", causal, (False, True, "top_left"))
     scale = None if scale is None else require_real("scale", scale)
+    options = _options(mode, {
+        "num_selected": num_selected, "block_size": block_size, "stride": stride,
+        "select_block": select_block, "num_initial": num_initial, "num_local": num_local,
+        "compression": compression, "activation": activation, "num_clusters": num_clusters,
+        "iterations": iterations, "metric": metric, "representative": representative,
+        "tree": tree, "num_top_clusters": num_top_clusters, "num_buckets": num_buckets,
+        "num_rounds": num_rounds, "rng": rng, "rotations": rotations,
+        "num_candidates": num_candidates, "segment": segment, "threshold": threshold,
+        "duplicate_threshold": duplicate_threshold, "k_weights": k_weights,
+        "v_weights": v_weights})
     given: dict[str, Any] = {
         "q": q, "k": k, "v": v, "gates": gates, "k_compressed": k_compressed,
         "v_compressed": v_compressed, "k_window": k_window, "v_window": v_window,
@@ -210,20 +268,61 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
                               "kv_lengths": kv_lengths}
     near, window_saved = attention.forward(
         q, k_near, v_near, window=window, return_lse=True, **placed)
-    sizes: dict[str, Any] = {"block_size": block_size, "stride": stride}
-    coarse, compressed_saved = nsa_blocks.compressed(
-        q, k_far, v_far, k_weights=k_weights, v_weights=v_weights, compression=compression,
-        activation=activation, **sizes, **placed)
-    fine, selected_saved = nsa_blocks.selected(
-        q, k, v, lse=coarse[1], by=compressed_saved, select_block=select_block,
-        num_selected=num_selected, num_initial=num_initial, num_local=num_local,
-        decisions=decisions, **sizes, **placed)
+    if mode == "paper":
+        (coarse, compressed_saved), (fine, selected_saved) = nsa_blocks.branches(
+            q, (k_far, v_far), (k, v), (k_weights, v_weights), **options, **placed,
+            decisions=decisions)
+    else:
+        (coarse, compressed_saved), (fine, selected_saved) = _by_content(
+            mode, q, (k_far, v_far), (k, v), options, placed, decisions)
     branches = tuple(Branch(out, lse, saved, *keys[name]) for name, (out, lse), saved in (
         ("compressed", coarse, compressed_saved), ("selected", fine, selected_saved),
         ("window", near, window_saved)))
     _check_gates(gates, near[0])
     return (_GATED[combine].forward(branches, gates),
             NsaSaved(branches, gates, combine, names))
+
+
+_GROUPING = {"kmeans": ("num_clusters", "iterations", "metric", "representative", "segment",
+                        "tree"),
+             "lsh": ("num_buckets", "num_rounds", "rng", "rotations", "segment")}
+_CHOOSING = {"kmeans": ("num_selected", "num_top_clusters", "threshold", "duplicate_threshold"),
+             "lsh": ("num_selected", "num_candidates", "threshold", "duplicate_threshold")}
+_OPTIONS = {"paper": ("num_selected", "block_size", "stride", "select_block", "num_initial",
+                      "num_local", "compression", "activation", "k_weights", "v_weights"),
+            **{mode: (*_GROUPING[mode], *_CHOOSING[mode]) for mode in _GROUPING}}
+"""Which options a mode has, of those that not all have."""
+
+_SELECTED = {"paper": 16, "kmeans": 64, "lsh": 64}
+"""The default of `num_selected`."""
+
+
+def _options(mode: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a mode, or raise OptionError if others are not at their defaults."""
+    parameters = inspect.signature(nsa_attention).parameters
+    for name, value in values.items():
+        default = parameters[name].default
+        if name not in _OPTIONS[mode] and value is not default and (
+                default is None or value != default):
+            modes = " and ".join(repr(other) for other in _OPTIONS if name in _OPTIONS[other])
+            raise OptionError(f"{name} must be left out: it is of mode {modes}, not {mode!r}")
+    found = {name: values[name] for name in _OPTIONS[mode] if "weights" not in name}
+    if found["num_selected"] is None:
+        found["num_selected"] = _SELECTED[mode]
+    return found
+
+
+def _by_content(mode: str, q: Array, far: tuple[Array, Array], listed: tuple[Array, Array],
+                options: dict[str, Any], placed: dict[str, Any],
+                decisions: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Return the compressed and the selected branch of a mode that groups keys."""
+    grouping = nsa_clusters.group(
+        q, far[0], mode=mode, **{name: options[name] for name in _GROUPING[mode]},
+        causal=placed["causal"], kv_lengths=placed["kv_lengths"], decisions=decisions)
+    return (nsa_clusters.compressed(q, far[0], far[1], grouping=grouping, **placed),
+            nsa_clusters.selected_tokens(
+                q, listed[0], listed[1], grouping=grouping, **placed, decisions=decisions,
+                **{name: options[name] for name in _CHOOSING[mode]}))
 
 
 def _keys(branch: str, given: Mapping[str, Any]) -> tuple[str, str]:

@@ -147,3 +147,17 @@ def selected(q: Array, k: Array, v: Array, *, lse: Array, by: CompressedSaved, b
         q, k, v, blocks, block_size=select_block, causal=causal, q_lengths=q_lengths,
         kv_lengths=kv_lengths, scale=scale, return_lse=True)
     return found, SelectedSaved(attended, weighing)
+
+
+def branches(q: Array, far: tuple[Array, Array], listed: tuple[Array, Array],
+             weights: tuple[Mapping[str, Array] | None, Mapping[str, Array] | None], *,
+             compression: str, activation: str, select_block: int, num_selected: int,
+             num_initial: int, num_local: int, decisions: Mapping[str, Any] | None,
+             **shared: Any) -> tuple[tuple[Any, CompressedSaved], tuple[Any, SelectedSaved]]:
+    """Return both branches, each as ``((out, lse), saved)``, of keys and values of their own."""
+    coarse = compressed(q, far[0], far[1], k_weights=weights[0], v_weights=weights[1],
+                        compression=compression, activation=activation, **shared)
+    fine = selected(q, listed[0], listed[1], lse=coarse[0][1], by=coarse[1],
+                    select_block=select_block, num_selected=num_selected, num_initial=num_initial,
+                    num_local=num_local, decisions=decisions, **shared)
+    return coarse, fine
