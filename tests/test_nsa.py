@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array_api_strict
 import ml_dtypes
 import numpy as np
 import oracle
@@ -562,3 +563,17 @@ def test_layer_errors(error, change):
     options = {name: value for name, value in change.items() if name != "params"}
     with pytest.raises(error):
         nsa_layer(np.ones((9, 8), "f4"), changed, **{"num_heads": 2, "num_kv_heads": 2, **options})
+
+
+@pytest.mark.parametrize("combine", ["gates", "single_softmax"])
+def test_other_libraries(combine):
+    given = draw(Shape((2,), 4, 2, 40, 40, 8, 6))
+    options = {**SMALL, "combine": combine, "kv_lengths": [40, 23], "q_lengths": [40, 23]}
+    want, saved = pyattn.nsa_attention.forward(**given, **options)
+    wanted = saved.backward(want)
+    held = {name: array_api_strict.asarray(x) for name, x in given.items()}
+    out, saved = pyattn.nsa_attention.forward(**held, **options)
+    assert type(saved.decisions["blocks"]) is np.ndarray
+    np.testing.assert_allclose(np.asarray(out), want, rtol=0, atol=1e-12)
+    for name, grad in saved.backward(out)._asdict().items():
+        np.testing.assert_allclose(np.asarray(grad), getattr(wanted, name), rtol=0, atol=1e-12)

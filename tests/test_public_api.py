@@ -134,7 +134,6 @@ NEEDED = {
     "global_local_attention": {"first": 1},
     "local_attention_2d": {"shape": (1, 2), "window": 1},
     "longformer_attention": {"window": 1, "global_index": (0,)},
-    "nsa_attention": {"gates": np.ones((1, 2, 3))},
     "random_attention": {"num_random": 1},
     "routing_attention": {"centroids": np.zeros((1, 1, 4)), "cluster_size": 1},
     "sliding_window_attention": {"window": 1},
