@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
+from .. import arrays, dispatch
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_broadcast, require_integer
-
-AT_ONCE = 2**22
-"""Numbers of rotated vectors held at a time."""
-
+from .clustering import Sets
 
 def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, rng: Any = None,
              rotations: Array | None = None) -> np.ndarray:
@@ -85,16 +82,28 @@ def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, r
     acc = arrays.accumulator(xp, x)
     rotations = xp.broadcast_to(arrays.cast(xp, rotations, acc),
                                 (heads, width, num_rounds, halves))
-    flat = arrays.reshape(xp, x, (math.prod(lead), heads, n, width))
-    buckets = np.empty((math.prod(lead), heads, num_rounds, n), np.int32)
-    step = max(1, AT_ONCE // max(1, halves))
-    for b, h, turn in np.ndindex(*buckets.shape[:3]):
-        for at in range(0, n, step):
-            stop = min(at + step, n)
-            tokens = arrays.cast(xp, flat[b, h, at:stop, :], acc)
+    kernel = dispatch.kernel("clustering", None, x)
+    items = math.prod(lead) * heads
+    flat = arrays.cast(xp, arrays.reshape(xp, x, (items * n, width)), acc)
+    buckets = np.zeros((items, num_rounds, n), np.int32)
+    head = np.arange(items) % max(1, heads)
+    for turn in range(num_rounds):
+        start, product = 0, 1
+        for factor in factors:
+            ends = rotations[:, :, turn, start:start + factor // 2]
+            # the axes of each head, then their opposites
+            nodes = xp.permute_dims(xp.concat([ends, -ends], axis=-1), (0, 2, 1))
+            nodes = arrays.reshape(xp, nodes, (heads * factor, width))
+            sets = Sets(n * np.arange(items), np.full(items, n), factor * head,
+                        np.full(items, factor))
+            shifts = xp.zeros(heads * factor, dtype=acc, device=arrays.device(x))
             with np.errstate(invalid="ignore", over="ignore"):
-                rotated = xp.matmul(tokens, rotations[h, :, turn, :])
-            buckets[b, h, turn, at:stop] = arrays.to_host(_nearest(xp, rotated, factors))
+                found = kernel.nearest(flat, nodes, shifts, sets, np.full(items, True),
+                                       np.zeros(items * n, np.int32)).reshape(items, n)
+            # what is not finite may have no nearest
+            own = np.clip(found - factor * head[:, None], 0, factor - 1)
+            buckets[:, turn] += product * own.astype(np.int32)
+            start, product = start + factor // 2, product * factor
     return buckets.reshape(*lead, heads, num_rounds, n)
 
 
@@ -106,17 +115,3 @@ def require_buckets(num_buckets: Any) -> tuple[int, ...]:
         raise OptionError("num_buckets must be even, as each axis has two ends; got "
                           f"{num_buckets!r}")
     return factors
-
-
-def _nearest(xp: Any, rotated: Array, factors: tuple[int, ...]) -> Array:
-    """Return buckets (N,) of rotated tokens (N, halves)."""
-    bucket: Any = 0
-    start, product = 0, 1
-    for factor in factors:
-        own = rotated[:, start:start + factor // 2]
-        ahead, behind = xp.argmax(own, axis=-1), xp.argmin(own, axis=-1)
-        most = xp.max(own, axis=-1)
-        bucket = bucket + product * xp.where(most >= -xp.min(own, axis=-1), ahead,
-                                             behind + factor // 2)
-        start, product = start + factor // 2, product * factor
-    return bucket
