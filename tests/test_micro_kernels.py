@@ -640,6 +640,73 @@ def test_write_rows_of_float64(nbytes):
     assert (y[:, 37:] == 7).all()
 
 
+@pytest.mark.parametrize(("nbytes", "dot"), MODES)
+@pytest.mark.parametrize(("source", "unit", "operand"), OPERANDS)
+def test_gather_rows(nbytes, dot, source, unit, operand):
+    gather = micro_kernel("gather_rows", nbytes, dot)
+    rng = np.random.default_rng(0)
+    rows = np.array([4, -1, 0, 3, 4])
+    for count, step in itertools.product((0, 1, 31, 64, 77), (1, 2)):
+        x = rng.standard_normal((5, 240)).astype(source)
+        places = np.where(rows < 0, -1, rows * x.strides[0])
+        y = np.full((6, 100), 7).astype(operand)
+        strange = gather(at(x), at(places), step * x.itemsize, CODES[np.dtype(source)], 5, count,
+                         96, 0.3, at(y), 100, unit(1), operand(1))
+        right = np.zeros((5, 96), unit)
+        right[:, :count] = x[rows, ::step][:, :count].astype(unit) * unit(0.3)
+        right[1] = 0
+        assert not strange
+        assert np.array_equal(y[:5, :96], bf16(right) if operand == np.uint16 else right)
+        assert (y[5] == 7).all()
+        assert (y[:, 96:] == 7).all()
+    x[2, 0] = np.nan
+    nothing = 96, 1.0, at(y), 100, unit(1), operand(1)
+    kind = x.itemsize, CODES[np.dtype(source)], 5, 5
+    assert not gather(at(x), at(places), *kind, *nothing)      # row 2 is not listed
+    x[3, 4] = np.inf
+    assert gather(at(x), at(places), *kind, *nothing)
+
+
+@pytest.mark.parametrize(("nbytes", "dot"), MODES)
+@pytest.mark.parametrize("target", [np.float32, np.float16, BF16], ids=["f4", "f2", "bf16"])
+def test_scatter_rows(nbytes, dot, target):
+    scatter = micro_kernel("scatter_rows", nbytes, dot)
+    rng = np.random.default_rng(0)
+    rows = np.array([3, 0, -1, 1])
+    for count, factors in itertools.product((0, 1, 31, 70), (None, np.float32([1, 0.3, 5, -2]))):
+        x, y = rng.standard_normal((4, 80), np.float32), np.full((5, 75), 7, target)
+        places = np.where(rows < 0, -1, rows * y.strides[0])
+        scatter(at(x), 80, 4, count, 0 if factors is None else at(factors), at(y), at(places),
+                CODES[y.dtype], np.float32(1))
+        right = np.full((5, 75), 7, target)
+        for r, row in enumerate(rows):
+            if row >= 0:
+                scaled = x[r, :count] * (np.float32(1) if factors is None else factors[r])
+                right[row, :count] = (bf16(scaled).view(BF16) if target == BF16
+                                      else scaled.astype(target))
+        assert np.array_equal(y, right)
+
+
+@pytest.mark.parametrize("nbytes", WIDTHS)
+@pytest.mark.parametrize("unit", [np.float32, np.float64])
+def test_add_rows(nbytes, unit):
+    add = micro_kernel("add_rows", nbytes)
+    rng = np.random.default_rng(0)
+    rows = np.array([3, 0, -1, 1])
+    factors, kept = (np.array(x, unit) for x in ([2, 1, 5, -3], [4, 0, 1, 2]))
+    for count, f, k in itertools.product((0, 1, 31, 70), (None, factors), (None, kept)):
+        x, y = integers(rng, (4, 80), unit), integers(rng, (5, 75), unit)
+        right = y.copy()
+        for r, row in enumerate(rows):
+            if row >= 0:
+                right[row, :count] = (y[row, :count] * (1 if k is None else k[r])
+                                      + x[r, :count] * (1 if f is None else f[r]))
+        places = np.where(rows < 0, -1, rows * y.strides[0])
+        add(at(x), 80, 4, count, 0 if f is None else at(f), 0 if k is None else at(k), at(y),
+            at(places), unit(1))
+        assert np.array_equal(y, right)
+
+
 # Packing
 
 

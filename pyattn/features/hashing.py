@@ -15,6 +15,7 @@ from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_broadcast, require_integer
 from .clustering import Sets
 
+
 def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, rng: Any = None,
              rotations: Array | None = None) -> np.ndarray:
     """Hash tokens by random rotations: the bucket is the axis, or its opposite, that is nearest.

@@ -222,7 +222,8 @@ def finish_tile(job, b, h, t, space, first, scratch, unit):
             if product - product == 0 or any_number(sums + r * job.d_padded * size, job.d, unit):
                 dscale += np.float64(product)
         store(factors + r * size, scale if alive else unit - unit)
-    put_back(job.dq, job.q, b, h, t * TILE, rows, sums, job.d_padded, job.d, factors, unit)
+    put_back(job.dq, job.q, b, h, t * TILE, rows, sums, job.d_padded, job.d, factors,
+             NOWHERE, unit)
     store(job.dscale + tile * 8, dscale)
 
 
@@ -354,7 +355,7 @@ def write_tile(job, pack, b, g, t, tile, width, padded, sums, result, unit):
             for x in range(width):
                 kept[x] = new[x]
     if job.phase == job.chunks - 1 and not in_place:
-        put_back(result, pack, b, g, t * TILE, keys, tile, padded, width, NOWHERE, unit)
+        put_back(result, pack, b, g, t * TILE, keys, tile, padded, width, NOWHERE, NOWHERE, unit)
 
 
 @part

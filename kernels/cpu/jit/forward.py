@@ -207,13 +207,12 @@ def finish(job, b, h, t, rows, tops, sums, acc, shares, unit):
                 before = load(place, unit)
                 joint = log_sum(lse, before)
                 # what was found before stands in the memory of out, to which this is added
-                scale_row(job.out.at + b_own * job.out.b + h * job.out.h + token * job.out.n,
-                          job.e, share_of(before, joint, unit), unit)
+                store(tops + r * size, share_of(before, joint, unit))
                 share *= share_of(lse, joint, unit)
                 lse = joint
             store(place, lse)
         store(shares + r * size, share)
-    put_back(job.out, job.q, b, h, t * TILE, count, acc, job.e_padded, job.e, shares, unit)
+    put_back(job.out, job.q, b, h, t * TILE, count, acc, job.e_padded, job.e, shares, tops, unit)
 
 
 @part
@@ -229,11 +228,3 @@ def log_sum(x, y):
 def share_of(lse, joint, unit):
     """Return exp(lse - joint), 0 for an lse of -inf."""
     return unit - unit if lse == -math.inf else rounded(math.exp(lse - joint), unit)
-
-
-@part
-def scale_row(place, width, factor, unit):
-    """Multiply a row by a factor."""
-    row = numbers(place, width, unit)
-    for x in range(width):
-        row[x] *= factor

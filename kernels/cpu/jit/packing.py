@@ -17,13 +17,21 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..compile import kernel, part
-from .access import fetch_add, load, numbers, pack_at, prefetch, rounded, store
-from .vector import convert_rows, pair_rows, transpose, write_rows
+from .access import fetch_add, load, pack_at, prefetch, rounded, store
+from .vector import (
+    add_rows,
+    convert_rows,
+    gather_rows,
+    pair_rows,
+    scatter_rows,
+    transpose,
+    write_rows,
+)
 
 TILE = np.int64(64)
 NOWHERE = np.int64(0)
 LINE = np.int64(64)
-NO_TOKEN, ONE_TOKEN = np.int64(-1), np.int64(1)
+NO_TOKEN = np.int64(-1)
 AT_ONCE = np.int64(4)
 """A thread takes so many tiles at a time, some two microseconds."""
 
@@ -48,6 +56,19 @@ def strip(context, like):
             return builder.ptrtoint(memory, context.get_value_type(types.int64))
 
     return types.int64(like), reserve
+
+
+@intrinsic
+def row_list(context):
+    """Return the address of stack memory for TILE int64s."""
+    def reserve(context, builder, signature, values):
+        kind = ir.ArrayType(ir.IntType(64), int(TILE))
+        with builder.goto_entry_block():
+            memory = builder.alloca(kind)
+            memory.align = 64
+            return builder.ptrtoint(memory, context.get_value_type(types.int64))
+
+    return types.int64(), reserve
 
 
 @kernel
@@ -102,43 +123,22 @@ def pack_tile(pack, b, h, t, rows, columns, pairs, unit, operand):
 
 @part
 def convert_strip(pack, b, h, t, x, count, wide, scale, target, across, unit, operand):
-    """Copy `count` numbers from `x` on of a tile's rows, and zeros up to `wide` numbers.
-
-    Rows go together as long as their tokens are evenly spaced, or all of them are to be zeros.
-    """
-    size = size_of(operand)
-    strange = np.int64(0)
+    """Copy `count` numbers from `x` on of a tile's rows, and zeros up to `wide` numbers."""
     source = pack.at + b // pack.items * pack.b + h * pack.h + x * pack.d
-    start = np.int64(0)
-    while start < TILE:
-        first = row_token(pack, b, h, t * TILE + start, unit)
-        step, stop = even_run(pack, b, h, t, start, first, unit)
-        strange |= convert_rows(source + max(first, 0) * pack.n, step * pack.n, pack.d, pack.kind,
-                                stop - start, count if first >= 0 else 0, wide, scale,
-                                target + start * across * size, across, unit, operand)
-        start = stop
+    if pack.index or pack.lse:
+        places = row_list()
+        for r in range(TILE):
+            token = row_token(pack, b, h, t * TILE + r, unit)
+            store(places + 8 * r, token * pack.n if token >= 0 else NO_TOKEN)
+        return gather_rows(source, places, pack.d, pack.kind, TILE, count, wide, scale, target,
+                           across, unit, operand) != 0
+    length = min(load(pack.lengths + 4 * b, np.int32(0)), pack.length)
+    live = min(max(length - t * TILE, NOWHERE), TILE)
+    strange = convert_rows(source + t * TILE * pack.n, pack.n, pack.d, pack.kind, live, count, wide,
+                           scale, target, across, unit, operand)
+    convert_rows(source, pack.n, pack.d, pack.kind, TILE - live, NOWHERE, wide, scale,
+                 target + live * across * size_of(operand), across, unit, operand)
     return strange != 0
-
-
-@part
-def even_run(pack, b, h, t, start, first, unit):
-    """Return how far apart tokens lie from row `start` on, and up to which row all do."""
-    end = min(TILE, min(load(pack.lengths + 4 * b, np.int32(0)), pack.length) - t * TILE)
-    if start >= end:
-        return ONE_TOKEN, TILE
-    if not pack.index and not pack.lse:
-        return ONE_TOKEN, end
-    stop = start + 1
-    if first < 0:
-        while stop < end and token_to_read(pack, b, h, t * TILE + stop, unit) < 0:
-            stop += 1
-        return ONE_TOKEN, stop
-    token = token_to_read(pack, b, h, t * TILE + stop, unit) if stop < end else NO_TOKEN
-    step = token - first
-    while token >= 0 and token == first + step * (stop - start):
-        stop += 1
-        token = token_to_read(pack, b, h, t * TILE + stop, unit) if stop < end else NO_TOKEN
-    return step, stop
 
 
 @part
@@ -190,30 +190,21 @@ def expect_result(result, pack, b, h, i, count, width):
 
 
 @part
-def put_back(result, pack, b, h, i, count, rows, padded, width, factors, unit):
-    """Write `count` rows, each times its factor, to the tokens that stand from `i` on in `pack`."""
-    size = size_of(unit)
+def put_back(result, pack, b, h, i, count, rows, padded, width, factors, kept, unit):
+    """Write `count` rows, each times its factor, to the tokens that stand from `i` on in `pack`.
+
+    Where results are added to what is there, that is multiplied by `kept` first.
+    """
     base = result.at + b // pack.items * result.b + h * result.h
-    start = np.int64(0)
-    while start < count:
-        token, step, stop = token_at(pack, b, h, i + start), ONE_TOKEN, start + 1
-        if not pack.index:
-            stop = count
-        elif token >= 0:
-            other = token_at(pack, b, h, i + stop) if stop < count else NO_TOKEN
-            step = other - token
-            while other >= 0 and other == token + step * (stop - start):
-                stop += 1
-                other = token_at(pack, b, h, i + stop) if stop < count else NO_TOKEN
-        own = factors + start * size if factors else NOWHERE
-        if token >= 0 and result.onto:
-            for r in range(start, stop):
-                kept = numbers(base + (token + step * (r - start)) * result.n, width, unit)
-                new = numbers(rows + r * padded * size, width, unit)
-                factor = load(factors + r * size, unit) if factors else rounded(1.0, unit)
-                for x in range(width):
-                    kept[x] += factor * new[x]
-        elif token >= 0:
-            write_rows(rows + start * padded * size, padded, stop - start, width, own,
-                       base + token * result.n, step * result.n, result.kind, unit)
-        start = stop
+    if not pack.index and not result.onto:
+        write_rows(rows, padded, count, width, factors, base + i * result.n, result.n, result.kind,
+                   unit)
+        return
+    places = row_list()
+    for r in range(count):
+        token = token_at(pack, b, h, i + r)
+        store(places + 8 * r, token * result.n if token >= 0 else NO_TOKEN)
+    if result.onto:
+        add_rows(rows, padded, count, width, factors, kept, base, places, unit)
+    else:
+        scatter_rows(rows, padded, count, width, factors, base, places, result.kind, unit)

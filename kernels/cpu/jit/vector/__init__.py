@@ -31,6 +31,9 @@ Numbers on their way to a product, or to the caller's array:
 
     convert_rows     rows of any dtype and stride times a scale, padded, as operands
     write_rows       rows times a factor each, as any dtype
+    gather_rows      as convert_rows, from wherever a list of places says
+    scatter_rows     as write_rows, to wherever a list of places says
+    add_rows         the same, added to what is there times another factor each
     transpose        target[c, r] = source[r, c]
     pair_rows        two rows of bfloat16 interleaved
     round_row        a row of float32 as bfloat16, in place if need be
@@ -131,6 +134,20 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         return typed(layout.convert_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
 
     @intrinsic
+    def gather_rows(context, source, places, step, kind, rows, count, padded, scale, target,
+                    target_row, unit, operand):
+        return typed(layout.gather_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
+
+    @intrinsic
+    def scatter_rows(context, source, source_row, rows, count, factors, target, places, kind,
+                     unit):
+        return typed(layout.scatter_rows, nbytes, "-", "iiiiiiii", unit, dot=dot)
+
+    @intrinsic
+    def add_rows(context, source, source_row, rows, count, factors, kept, target, places, unit):
+        return typed(layout.add_rows, nbytes, "-", "iiiiiiii", unit)
+
+    @intrinsic
     def write_rows(context, source, source_row, count, width, factors, target, target_row, kind,
                    unit):
         return typed(layout.write_rows, nbytes, "-", "iiiiiiii", unit, dot=dot)
@@ -156,7 +173,8 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         accumulate_rows=accumulate_rows, dots_listed=dots_listed,
         accumulate_listed=accumulate_listed, weigh=weigh, differentiate=differentiate,
         exp_rows=exp_rows, scale_rows=scale_rows, lane_sums=lane_sums, row_dots=row_dots,
-        soft_cap=soft_cap, select=select, convert_rows=convert_rows, write_rows=write_rows,
+        soft_cap=soft_cap, select=select, convert_rows=convert_rows, gather_rows=gather_rows,
+        scatter_rows=scatter_rows, add_rows=add_rows, write_rows=write_rows,
         transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
 
 
@@ -168,5 +186,6 @@ dots_listed, accumulate_listed = _host.dots_listed, _host.accumulate_listed
 weigh, differentiate, exp_rows = _host.weigh, _host.differentiate, _host.exp_rows
 scale_rows, lane_sums, row_dots = _host.scale_rows, _host.lane_sums, _host.row_dots
 soft_cap, select = _host.soft_cap, _host.select
+gather_rows, scatter_rows, add_rows = _host.gather_rows, _host.scatter_rows, _host.add_rows
 convert_rows, write_rows, transpose = _host.convert_rows, _host.write_rows, _host.transpose
 pair_rows, round_row, pair_rounded = _host.pair_rows, _host.round_row, _host.pair_rounded

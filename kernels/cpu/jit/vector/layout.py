@@ -6,7 +6,8 @@ instructions of CPUs that have bfloat16: all hosts give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -143,23 +144,80 @@ def write_rows(v: Vectors, source: Any, source_row: Any, rows: Any, count: Any, 
 
     `target_row` is bytes; without `factors` they are 1.
     """
-    build, one = v.builder, v.one_lane()
-    given = build.icmp_signed("!=", factors, I64(0))
     for code in each_kind(v, kind):
-        with cgutils.for_range(build, rows) as row:
-            start = build.mul(row.index, source_row)
-            to = build.add(target, build.mul(row.index, target_row))
-            factor = v.variable(v.scalar(1.0))
-            with build.if_then(given):
-                build.store(v.load_number(factors, row.index), factor)
-            number = build.load(factor, typ=v.scalar)
-            wide, single = v.splat(number), one.splat(number)
-            for width, at in v.blocks(count, (v.lanes, 1)):
-                place = build.add(to, build.mul(at, I64(SIZES[code])))
-                emit, by = (v, wide) if width == v.lanes else (one, single)
-                x = emit.load(source, build.add(start, at))
-                store_as(emit, code, build.fmul(x, by), place)
+        with cgutils.for_range(v.builder, rows) as row:
+            to = v.builder.add(target, v.builder.mul(row.index, target_row))
+            _write_row(v, code, source, source_row, row.index, count, factors, to)
+    v.builder.ret_void()
+
+
+def scatter_rows(v: Vectors, source: Any, source_row: Any, rows: Any, count: Any, factors: Any,
+                 target: Any, places: Any, kind: Any) -> None:
+    """Do what `write_rows` does, each row so many bytes from `target` as `places` says.
+
+    `places` is the address of int64s; a row that has -1 is left out.
+    """
+    for code in each_kind(v, kind):
+        with cgutils.for_range(v.builder, rows) as row, _placed(v, places, row.index) as place:
+            to = v.builder.add(target, place)
+            _write_row(v, code, source, source_row, row.index, count, factors, to)
+    v.builder.ret_void()
+
+
+def add_rows(v: Vectors, source: Any, source_row: Any, rows: Any, count: Any, factors: Any,
+             kept: Any, target: Any, places: Any) -> None:
+    """Target = target * kept + source * factor, row by row, with places as in `scatter_rows`.
+
+    Without `factors`, or `kept`, they are 1.
+    """
+    build = v.builder
+    with cgutils.for_range(build, rows) as row, _placed(v, places, row.index) as place:
+        to, start = build.add(target, place), build.mul(row.index, source_row)
+        new, old = (_factor(v, at, row.index) for at in (factors, kept))
+        for emit, at in _each_width(v, count):
+            total = emit.load(to, at)
+            total = build.fmul(total, emit.splat(old))
+            x = emit.load(source, build.add(start, at))
+            emit.store(emit.fma(x, emit.splat(new), total), to, at)
     build.ret_void()
+
+
+def _write_row(v: Vectors, code: int, source: Any, source_row: Any, row: Any, count: Any,
+               factors: Any, target: Any) -> None:
+    build = v.builder
+    start, factor = build.mul(row, source_row), _factor(v, factors, row)
+    for emit, at in _each_width(v, count):
+        x = build.fmul(emit.load(source, build.add(start, at)), emit.splat(factor))
+        store_as(emit, code, x, build.add(target, build.mul(at, I64(SIZES[code]))))
+
+
+def _each_width(v: Vectors, count: Any) -> Iterator[tuple[Vectors, Any]]:
+    """Emit what follows for whole vectors of `count` numbers, then for each that is left."""
+    for width, at in v.blocks(count, (v.lanes, 1)):
+        yield (v if width == v.lanes else v.one_lane()), at
+
+
+def _factor(v: Vectors, factors: Any, row: Any) -> Any:
+    """Read a row's factor, 1 where there are none."""
+    build = v.builder
+    factor = v.variable(v.scalar(1.0))
+    with build.if_then(build.icmp_signed("!=", factors, I64(0))):
+        build.store(v.load_number(factors, row), factor)
+    return build.load(factor, typ=v.scalar)
+
+
+@contextlib.contextmanager
+def _placed(v: Vectors, places: Any, row: Any) -> Iterator[Any]:
+    """Emit what follows for a row that has a place, which is given."""
+    place = _place(v, places, row)
+    with v.builder.if_then(v.builder.icmp_signed(">=", place, I64(0))):
+        yield place
+
+
+def _place(v: Vectors, places: Any, row: Any) -> Any:
+    build = v.builder
+    pointer = build.inttoptr(build.add(places, build.mul(row, I64(8))), I64.as_pointer())
+    return build.load(pointer, align=8, typ=I64)
 
 
 def convert_rows(v: Vectors, source: Any, source_row: Any, step: Any, kind: Any, rows: Any,
@@ -169,6 +227,33 @@ def convert_rows(v: Vectors, source: Any, source_row: Any, step: Any, kind: Any,
     `source_row` and `step` are bytes, `target_row` numbers; `padded` is a multiple of the lanes.
     Returns whether any number written is not finite.
     """
+    build = v.builder
+
+    def row_at(row: Any) -> tuple[Any, Any]:
+        return build.add(source, build.mul(row, source_row)), count
+
+    _convert(v, row_at, step, kind, rows, padded, scale, target, target_row)
+
+
+def gather_rows(v: Vectors, source: Any, places: Any, step: Any, kind: Any, rows: Any, count: Any,
+                padded: Any, scale: Any, target: Any, target_row: Any) -> None:
+    """Do what `convert_rows` does, each row so many bytes from `source` as `places` says.
+
+    `places` is the address of int64s; a row that has -1 becomes zeros.
+    """
+    build = v.builder
+
+    def row_at(row: Any) -> tuple[Any, Any]:
+        place = _place(v, places, row)
+        nowhere = build.icmp_signed("<", place, I64(0))
+        return build.add(source, place), build.select(nowhere, I64(0), count)
+
+    _convert(v, row_at, step, kind, rows, padded, scale, target, target_row)
+
+
+def _convert(v: Vectors, row_at: Callable[[Any], tuple[Any, Any]], step: Any, kind: Any, rows: Any,
+             padded: Any, scale: Any, target: Any, target_row: Any) -> None:
+    """Emit `convert_rows` for rows of which `row_at` tells the address and how many numbers."""
     build, one = v.builder, v.one_lane()
     scales = v.splat(scale)
     largest = {emit: v.variable(emit.whole(0)) for emit in (v, one)}
@@ -180,14 +265,14 @@ def convert_rows(v: Vectors, source: Any, source_row: Any, step: Any, kind: Any,
         _write(emit, x, target, index)
 
     lanes = I64(v.lanes)
-    whole = build.and_(count, I64(-v.lanes))
-    rest = build.sub(count, whole)
-    mask = v.first(rest)
     for code in each_kind(v, kind):
         nbytes = I64(SIZES[code])
         contiguous = build.icmp_signed("==", step, nbytes)
         with cgutils.for_range(build, rows) as row:
-            start = build.add(source, build.mul(row.index, source_row))
+            start, count = row_at(row.index)
+            whole = build.and_(count, I64(-v.lanes))
+            rest = build.sub(count, whole)
+            mask = v.first(rest)
             to = build.mul(row.index, target_row)
             with build.if_else(contiguous) as (vectors, numbers):
                 with vectors:
