@@ -124,17 +124,17 @@ def pack_tile(pack, b, h, t, rows, columns, pairs, unit, operand):
 @part
 def convert_strip(pack, b, h, t, x, count, wide, scale, target, across, unit, operand):
     """Copy `count` numbers from `x` on of a tile's rows, and zeros up to `wide` numbers."""
-    source = pack.at + b // pack.items * pack.b + h * pack.h + x * pack.d
+    source = pack.at + b // pack.items * pack.b + h * pack.h
     if pack.index or pack.lse:
         places = row_list()
         for r in range(TILE):
             token = row_token(pack, b, h, t * TILE + r, unit)
-            store(places + 8 * r, token * pack.n if token >= 0 else NO_TOKEN)
-        return gather_rows(source, places, pack.d, pack.kind, TILE, count, wide, scale, target,
+            store(places + 8 * r, source + token * pack.n if token >= 0 else NOWHERE)
+        return gather_rows(places, x * pack.d, pack.d, pack.kind, TILE, count, wide, scale, target,
                            across, unit, operand) != 0
     length = min(load(pack.lengths + 4 * b, np.int32(0)), pack.length)
     live = min(max(length - t * TILE, NOWHERE), TILE)
-    strange = convert_rows(source + t * TILE * pack.n, pack.n, pack.d, pack.kind, live, count, wide,
+    strange = convert_rows(source + t * TILE * pack.n + x * pack.d, pack.n, pack.d, pack.kind, live, count, wide,
                            scale, target, across, unit, operand)
     convert_rows(source, pack.n, pack.d, pack.kind, TILE - live, NOWHERE, wide, scale,
                  target + live * across * size_of(operand), across, unit, operand)
@@ -203,8 +203,8 @@ def put_back(result, pack, b, h, i, count, rows, padded, width, factors, kept, u
     places = row_list()
     for r in range(count):
         token = token_at(pack, b, h, i + r)
-        store(places + 8 * r, token * result.n if token >= 0 else NO_TOKEN)
+        store(places + 8 * r, base + token * result.n if token >= 0 else NOWHERE)
     if result.onto:
-        add_rows(rows, padded, count, width, factors, kept, base, places, unit)
+        add_rows(rows, padded, count, width, factors, kept, places, unit)
     else:
-        scatter_rows(rows, padded, count, width, factors, base, places, result.kind, unit)
+        scatter_rows(rows, padded, count, width, factors, places, result.kind, unit)

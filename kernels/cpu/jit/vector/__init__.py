@@ -31,8 +31,8 @@ Numbers on their way to a product, or to the caller's array:
 
     convert_rows     rows of any dtype and stride times a scale, padded, as operands
     write_rows       rows times a factor each, as any dtype
-    gather_rows      as convert_rows, from wherever a list of places says
-    scatter_rows     as write_rows, to wherever a list of places says
+    gather_rows      as convert_rows, from wherever a list of addresses says
+    scatter_rows     as write_rows, to wherever a list of addresses says
     add_rows         the same, added to what is there times another factor each
     transpose        target[c, r] = source[r, c]
     pair_rows        two rows of bfloat16 interleaved
@@ -134,18 +134,17 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         return typed(layout.convert_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
 
     @intrinsic
-    def gather_rows(context, source, places, step, kind, rows, count, padded, scale, target,
+    def gather_rows(context, places, start, step, kind, rows, count, padded, scale, target,
                     target_row, unit, operand):
         return typed(layout.gather_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
 
     @intrinsic
-    def scatter_rows(context, source, source_row, rows, count, factors, target, places, kind,
-                     unit):
-        return typed(layout.scatter_rows, nbytes, "-", "iiiiiiii", unit, dot=dot)
+    def scatter_rows(context, source, source_row, rows, count, factors, places, kind, unit):
+        return typed(layout.scatter_rows, nbytes, "-", "iiiiiii", unit, dot=dot)
 
     @intrinsic
-    def add_rows(context, source, source_row, rows, count, factors, kept, target, places, unit):
-        return typed(layout.add_rows, nbytes, "-", "iiiiiiii", unit)
+    def add_rows(context, source, source_row, rows, count, factors, kept, places, unit):
+        return typed(layout.add_rows, nbytes, "-", "iiiiiii", unit)
 
     @intrinsic
     def write_rows(context, source, source_row, count, width, factors, target, target_row, kind,

@@ -152,27 +152,23 @@ def write_rows(v: Vectors, source: Any, source_row: Any, rows: Any, count: Any, 
 
 
 def scatter_rows(v: Vectors, source: Any, source_row: Any, rows: Any, count: Any, factors: Any,
-                 target: Any, places: Any, kind: Any) -> None:
-    """Do what `write_rows` does, each row so many bytes from `target` as `places` says.
-
-    `places` is the address of int64s; a row that has -1 is left out.
-    """
+                 places: Any, kind: Any) -> None:
+    """Do what `write_rows` does, each row to the address that `places` says; not at all for 0."""
     for code in each_kind(v, kind):
-        with cgutils.for_range(v.builder, rows) as row, _placed(v, places, row.index) as place:
-            to = v.builder.add(target, place)
+        with cgutils.for_range(v.builder, rows) as row, _placed(v, places, row.index) as to:
             _write_row(v, code, source, source_row, row.index, count, factors, to)
     v.builder.ret_void()
 
 
 def add_rows(v: Vectors, source: Any, source_row: Any, rows: Any, count: Any, factors: Any,
-             kept: Any, target: Any, places: Any) -> None:
-    """Target = target * kept + source * factor, row by row, with places as in `scatter_rows`.
+             kept: Any, places: Any) -> None:
+    """Make each row at an address of `places` itself * kept + a row of source * its factor.
 
-    Without `factors`, or `kept`, they are 1.
+    There is no row at 0. Without `factors`, or `kept`, they are 1.
     """
     build = v.builder
-    with cgutils.for_range(build, rows) as row, _placed(v, places, row.index) as place:
-        to, start = build.add(target, place), build.mul(row.index, source_row)
+    with cgutils.for_range(build, rows) as row, _placed(v, places, row.index) as to:
+        start = build.mul(row.index, source_row)
         new, old = (_factor(v, at, row.index) for at in (factors, kept))
         for emit, at in _each_width(v, count):
             total = emit.load(to, at)
@@ -210,7 +206,7 @@ def _factor(v: Vectors, factors: Any, row: Any) -> Any:
 def _placed(v: Vectors, places: Any, row: Any) -> Iterator[Any]:
     """Emit what follows for a row that has a place, which is given."""
     place = _place(v, places, row)
-    with v.builder.if_then(v.builder.icmp_signed(">=", place, I64(0))):
+    with v.builder.if_then(v.builder.icmp_signed("!=", place, I64(0))):
         yield place
 
 
@@ -235,18 +231,18 @@ def convert_rows(v: Vectors, source: Any, source_row: Any, step: Any, kind: Any,
     _convert(v, row_at, step, kind, rows, padded, scale, target, target_row)
 
 
-def gather_rows(v: Vectors, source: Any, places: Any, step: Any, kind: Any, rows: Any, count: Any,
+def gather_rows(v: Vectors, places: Any, start: Any, step: Any, kind: Any, rows: Any, count: Any,
                 padded: Any, scale: Any, target: Any, target_row: Any) -> None:
-    """Do what `convert_rows` does, each row so many bytes from `source` as `places` says.
+    """Do what `convert_rows` does, each row from `start` bytes behind where `places` says.
 
-    `places` is the address of int64s; a row that has -1 becomes zeros.
+    These are addresses, int64; a row that has 0 becomes zeros.
     """
     build = v.builder
 
     def row_at(row: Any) -> tuple[Any, Any]:
         place = _place(v, places, row)
-        nowhere = build.icmp_signed("<", place, I64(0))
-        return build.add(source, place), build.select(nowhere, I64(0), count)
+        nowhere = build.icmp_signed("==", place, I64(0))
+        return build.add(place, start), build.select(nowhere, I64(0), count)
 
     _convert(v, row_at, step, kind, rows, padded, scale, target, target_row)
 
