@@ -124,7 +124,7 @@ def pack_tile(pack, b, h, t, rows, columns, pairs, unit, operand):
 @part
 def convert_strip(pack, b, h, t, x, count, wide, scale, target, across, unit, operand):
     """Copy `count` numbers from `x` on of a tile's rows, and zeros up to `wide` numbers."""
-    source = pack.at + b // pack.items * pack.b + h * pack.h
+    source, first = pack.at + b // pack.items * pack.b + h * pack.h, t * TILE * pack.n + x * pack.d
     if pack.index or pack.lse:
         places = row_list()
         for r in range(TILE):
@@ -134,8 +134,8 @@ def convert_strip(pack, b, h, t, x, count, wide, scale, target, across, unit, op
                            across, unit, operand) != 0
     length = min(load(pack.lengths + 4 * b, np.int32(0)), pack.length)
     live = min(max(length - t * TILE, NOWHERE), TILE)
-    strange = convert_rows(source + t * TILE * pack.n + x * pack.d, pack.n, pack.d, pack.kind, live, count, wide,
-                           scale, target, across, unit, operand)
+    strange = convert_rows(source + first, pack.n, pack.d, pack.kind, live, count, wide, scale,
+                           target, across, unit, operand)
     convert_rows(source, pack.n, pack.d, pack.kind, TILE - live, NOWHERE, wide, scale,
                  target + live * across * size_of(operand), across, unit, operand)
     return strange != 0
