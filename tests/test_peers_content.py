@@ -1,10 +1,7 @@
 """LSH and routing attention against code that nobody here wrote: forward and gradients.
 
-reformer-pytorch and routing-transformer bring much that these tests do not need. They run after::
-
-    pip install einops packaging
-    pip install --no-deps reformer-pytorch routing-transformer axial-positional-embedding \
-        CoLT5-attention hyper-connections local-attention mixture-of-experts product-key-memory
+reformer-pytorch and routing-transformer bring much that these tests do not need; ``.ci/run`` has
+the command that installs them alone.
 """
 
 from __future__ import annotations
