@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import arrays, masks
 from ..checks import OptionError, ShapeError, require_broadcast
+from ..masks.algebra import host_array
 
 ALIGNMENTS = ("bottom_right", "top_left")
 
@@ -103,6 +104,17 @@ class Placement:
         # where all is allowed, lengths need no compilation of their own
         offset = None if isinstance(mask, masks.full) else self.mask_offset
         return mask.compile(self.n, self.m, offset=offset)
+
+
+def first_position(n: int, m: int, causal: bool | str, q_lengths: Any, kv_lengths: Any) -> Any:
+    """Return the position of query 0, an integer or one for each batch item.
+
+    For who makes a mask over positions before the engine has placed the tokens.
+    """
+    if causal == "top_left":
+        return 0
+    ends = m if kv_lengths is None else host_array(kv_lengths)
+    return ends - (n if q_lengths is None else host_array(q_lengths))
 
 
 def _restarting(lengths: tuple[int, ...]) -> np.ndarray:

@@ -11,8 +11,9 @@ from .. import arrays, masks
 from ..arrays import Array
 from ..checks import ShapeError, require_choice, require_integer
 from ..differentiable import Saved, differentiable, gradients
+from ..engines.placement import first_position
 from ..features.pooling import MeanPoolSaved, block_counts, mean_pool
-from ..masks.algebra import FULL, host_array, within
+from ..masks.algebra import FULL, within
 from ..masks.placement import Positional
 from ..masks.positions import FAR
 from .attention import attention
@@ -127,7 +128,7 @@ def coarse_fine_attention(q: Array, k: Array, v: Array, *, block_size: int,
     pooled_v, saved_v = mean_pool.forward(v, block_size=block_size, lengths=kv_lengths)
     xp, n, m = arrays.namespace(k, v), q.shape[-2], k.shape[-2]
     mask: masks.Mask = pattern(n, m, block_size=block_size, causal=causal,
-                               offset=_offset(n, m, causal, q_lengths, kv_lengths))
+                               offset=first_position(n, m, causal, q_lengths, kv_lengths))
     # 1 for each key, |c| for the mean of block c, 0 for what is padding
     counts = np.concatenate([block_counts(m, 1, kv_lengths),
                              block_counts(m, block_size, kv_lengths)], axis=-1)
@@ -169,14 +170,6 @@ def pattern(n: int, m: int, *, block_size: int, causal: bool | str = False,
         own = own & masks.causal()
     mask = own | pooled_blocks(block_size, m, causal is not False)
     return masks.plan(masks.placed(mask, offset), n, width)
-
-
-def _offset(n: int, m: int, causal: bool | str, q_lengths: Any, kv_lengths: Any) -> Any:
-    """Position of query 0: an integer, or one for each batch item."""
-    if causal == "top_left":
-        return 0
-    ends = m if kv_lengths is None else host_array(kv_lengths)
-    return ends - (n if q_lengths is None else host_array(q_lengths))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

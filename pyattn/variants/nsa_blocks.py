@@ -13,6 +13,7 @@ from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_integer
 from ..differentiable import Saved, gradients
 from ..engines import selected as listed_blocks
+from ..engines.placement import first_position
 from ..features.compression import WEIGHTS, complete_blocks, compress
 from ..features.importance import important_blocks, require_choices
 from ..masks.algebra import host_array
@@ -79,7 +80,7 @@ def compressed(q: Array, k: Array, v: Array, *, k_weights: Mapping[str, Array] |
     mask = None
     if causal is not False:
         mask = masks.placed(masks.staircase(block_size, stride),
-                            _offset(n, m, causal, q_lengths, kv_lengths))
+                            first_position(n, m, causal, q_lengths, kv_lengths))
     there = None if kv_lengths is None else complete_blocks(host_array(kv_lengths), block_size,
                                                             stride)
     found, attended = attention.forward(q, done["k"][0], done["v"][0], mask=mask, scale=scale,
@@ -90,14 +91,6 @@ def compressed(q: Array, k: Array, v: Array, *, k_weights: Mapping[str, Array] |
 
 def _names(weights: Mapping[str, Array] | None) -> tuple[str, ...] | None:
     return None if weights is None else tuple(weights)
-
-
-def _offset(n: int, m: int, causal: bool | str, q_lengths: Any, kv_lengths: Any) -> Any:
-    """Position of query 0: an integer, or one for each batch item."""
-    if causal == "top_left":
-        return 0
-    ends = m if kv_lengths is None else host_array(kv_lengths)
-    return ends - (n if q_lengths is None else host_array(q_lengths))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_choice, require_integer
 from ..differentiable import Saved, gradients
 from ..engines import edges
+from ..engines.placement import first_position
 from ..features.clustering import require_numbers, segment_means
 from ..features.hashing import lsh_hash, require_buckets
 from ..features.retrieval import (
@@ -256,7 +257,7 @@ def compressed(q: Array, k: Array, v: Array, *, grouping: Grouping | None = None
     mask: masks.Mask | None = None
     if groups.segment is not None:
         mask = masks.placed(_seen(groups, levels),
-                            _offset(n, k.shape[-2], causal, q_lengths, kv_lengths))
+                            first_position(n, k.shape[-2], causal, q_lengths, kv_lengths))
     found, attended = attention.forward(q, keys, values, mask=mask, bias=bias, scale=scale,
                                         q_lengths=q_lengths, return_lse=True)
     return found, CompressedSaved(attended, saved["k"], saved["v"], grouping)
@@ -339,14 +340,6 @@ class spans(Positional):
         first, last, soonest, latest = self._ranges(np.minimum(j0, j1), j1)
         full = (last <= i0) & (i1 < soonest)
         return np.where(full, FULL, np.where((first > i1) | (latest <= i0), EMPTY, PARTIAL))
-
-
-def _offset(n: int, m: int, causal: bool | str, q_lengths: Any, kv_lengths: Any) -> Any:
-    """Position of query 0: an integer, or one for each batch item."""
-    if causal == "top_left":
-        return 0
-    ends = m if kv_lengths is None else host_array(kv_lengths)
-    return ends - (n if q_lengths is None else host_array(q_lengths))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,7 +446,7 @@ def _last(q: Array, k: Array, causal: bool | str, q_lengths: Any, kv_lengths: An
     alive = place < host_array(n if q_lengths is None else q_lengths)[..., None]
     last = ends - 1 + 0 * place
     if causal is not False:
-        offset = host_array(_offset(n, m, causal, q_lengths, kv_lengths))[..., None]
+        offset = host_array(first_position(n, m, causal, q_lengths, kv_lengths))[..., None]
         last = np.minimum(np.maximum(place + offset, -1), last)
     return np.broadcast_to(np.where(alive, last, -1), (*lead, n))[..., None, :]
 
