@@ -16,7 +16,7 @@ from ..arrays import Array
 from ..differentiable import Saved, differentiable, gradients
 from .precision import cast_like, require_same_shape, widened
 
-ROWS = 2**11
+ROWS = 2**9
 """So many tokens are normalised at a time on the host, where they stay in the cache."""
 
 SMALLEST = 1e-12
@@ -38,7 +38,7 @@ class UnitLengthSaved(Saved):
             length = _length(xp, x)
             # forward: y = x / |x|
             y = x / length
-            return (dy - y * xp.sum(y * dy, axis=-1, keepdims=True)) / length
+            return (dy - y * xp.vecdot(y, dy)[..., None]) / length
 
         return gradients(("x",))(cast_like(xp, _by_rows(pull, x, dy), self.x))
 
@@ -78,7 +78,7 @@ def unit_length(x: Array) -> tuple[Array, UnitLengthSaved]:
 
 
 def _length(xp: Any, x: Array) -> Array:
-    length = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
+    length = xp.sqrt(xp.vecdot(x, x))[..., None]
     return xp.where(length < SMALLEST, xp.full_like(length, SMALLEST), length)
 
 
@@ -98,8 +98,7 @@ class StandardiseSaved(Saved):
             centred, rstd = _centred(xp, x, self.eps)
             # forward: y = (x - mean) * rstd
             y = centred * rstd
-            return rstd * (dy - xp.mean(dy, axis=-1, keepdims=True)
-                           - y * xp.mean(dy * y, axis=-1, keepdims=True))
+            return rstd * (dy - _mean(xp, dy) - y * _mean(xp, dy, y))
 
         return gradients(("x",))(cast_like(xp, _by_rows(pull, x, dy), self.x))
 
@@ -144,8 +143,14 @@ def standardise(x: Array, *, eps: float = 1e-5) -> tuple[Array, StandardiseSaved
 
 
 def _centred(xp: Any, x: Array, eps: float) -> tuple[Array, Array]:
-    centred = x - xp.mean(x, axis=-1, keepdims=True)
-    return centred, 1 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    centred = x - _mean(xp, x)
+    return centred, 1 / xp.sqrt(_mean(xp, centred, centred) + eps)
+
+
+def _mean(xp: Any, x: Array, y: Array | None = None) -> Array:
+    """Return the mean of every token of x, or x times y: (..., 1)."""
+    total = xp.sum(x, axis=-1) if y is None else xp.vecdot(x, y)
+    return total[..., None] / x.shape[-1]
 
 
 def _by_rows(function: Callable[..., Array], *given: Array) -> Array:
