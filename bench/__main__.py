@@ -31,8 +31,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the short set")
     parser.add_argument("--rows", metavar="REGEX", help="only rows whose name matches")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
-    parser.add_argument("--patterns", action="store_true",
-                        help="only fixed patterns, at N = 1024, 4096 and 16384")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--patterns", action="store_true",
+                      help="only fixed patterns, at N = 1024, 4096 and 16384")
+    some.add_argument("--content", action="store_true",
+                      help="only variants that choose keys by content, at N = 2048 to 65536")
     parser.add_argument("--targets", action="store_true",
                         help="only rows with a target, and a table of what was reached")
     parser.add_argument("--threads", type=int, nargs="+", default=[len(_cores())], metavar="N",
@@ -55,14 +58,17 @@ def main() -> int:
     # only now: the thread pools of NumPy and the others take their size when they are imported
     from pyattn.cli.progress import progress
 
+    from .content import CONTENT_ROWS
     from .harness import measure
     from .report import markdown, plot, target_table
     from .rows import ROWS, PatternRow
-    from .targets import PATTERN_TARGETS, TARGETS
+    from .targets import CONTENT_TARGETS, PATTERN_TARGETS, TARGETS
 
-    targets = PATTERN_TARGETS if args.patterns else TARGETS
-    rows = [row for row in ROWS if (row.quick or not args.quick)
-            and (isinstance(row, PatternRow) or not args.patterns)
+    known = {"patterns": ([row for row in ROWS if isinstance(row, PatternRow)], PATTERN_TARGETS),
+             "content": (CONTENT_ROWS, CONTENT_TARGETS)}
+    chosen = next((name for name in known if getattr(args, name)), None)
+    everything, targets = known[chosen] if chosen else ((*ROWS, *CONTENT_ROWS), TARGETS)
+    rows = [row for row in everything if (row.quick or not args.quick)
             and (not args.targets or any(target.speaks_of(row) for target in targets))
             and (args.rows is None or re.search(args.rows, row.name))]
     if args.list:
@@ -93,7 +99,7 @@ def main() -> int:
 def _again(threads: int, args: argparse.Namespace) -> int:
     """Run this command for one number of threads, in a process that starts with all cores."""
     switches = [f"--{name.replace('_', '-')}"
-                for name in ("quick", "patterns", "targets", "list", "no_memory")
+                for name in ("quick", "patterns", "content", "targets", "list", "no_memory")
                 if getattr(args, name)]
     values = [f"--{name}={value}" for name in ("rows", "seconds")
               if (value := getattr(args, name)) is not None]

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from .content import ContentRow
 from .rivals import JUDGES, RIVALS, Inputs, Unsupported, gemms, reads
 from .rows import PatternRow, Row
 
@@ -38,6 +39,9 @@ WAKEFUL = 0.5
 
 PATIENCE = 6.0
 """A call of more seconds than this is timed in the first turn alone."""
+
+ENOUGH = 30.0
+"""A call of more seconds than this is made once, and that is timed."""
 
 SHORTEST = 0.02
 """Seconds that one timing takes at least; a faster call is repeated."""
@@ -180,6 +184,9 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float, *, least: int
         for name in order:
             if turn and alone[name] > PATIENCE:
                 continue
+            if alone[name] > ENOUGH:
+                times[name].append(alone[name])
+                continue
             time.sleep(rest)
             if alone[name] < WAKEFUL:
                 calls[name]()
@@ -236,7 +243,7 @@ def peak_megabytes(row: Row, backward: bool, rival: str) -> float | None:
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    request = json.dumps({"row": dataclasses.asdict(row), "pattern": isinstance(row, PatternRow),
+    request = json.dumps({"row": dataclasses.asdict(row), "kind": type(row).__name__,
                           "backward": backward, "rival": rival})
     child = subprocess.run(
         [sys.executable, "-m", "bench.harness", request], capture_output=True, text=True,
@@ -248,7 +255,8 @@ def peak_megabytes(row: Row, backward: bool, rival: str) -> float | None:
 
 def _print_peak(request: str) -> None:
     wanted = json.loads(request)
-    row = (PatternRow if wanted["pattern"] else Row)(**wanted["row"])
+    [kind] = [kind for kind in (Row, PatternRow, ContentRow) if kind.__name__ == wanted["kind"]]
+    row = kind(**wanted["row"])
     prepare = RIVALS[row.function][wanted["rival"]]
 
     def run(row: Row) -> Callable[[], Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .calls import Inputs, Rival, Unsupported, torch_call, torch_tensors, torch_to_host
-from .rows import PatternRow
+from .rows import PatternRow, Row
 
 
 def sliding_window(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
@@ -42,16 +42,16 @@ def longformer(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
             hidden_size=row.heads * row.width, num_attention_heads=row.heads,
             attention_window=[2 * row.options["window"]], attention_probs_dropout_prob=0.0),
         layer_id=0)
-    *leaves, dout = q, k, v, _ = _tokens(row, inputs)
+    *leaves, dout = q, k, v, _ = tokens(row, inputs)
     # it lays tokens before the batch, and divides its projected queries in place
-    _replace(layer, query=torch.clone, query_global=torch.clone,
+    replace(layer, query=torch.clone, query_global=torch.clone,
              **dict.fromkeys(("key", "key_global"), lambda x: k.transpose(0, 1)),
              **dict.fromkeys(("value", "value_global"), lambda x: v.transpose(0, 1)))
     held = torch.zeros(row.batch, row.length, dtype=torch.bool)
     held[:, row.options["global_index"]] = True
     marks = {"attention_mask": 10000.0 * held, "is_index_masked": torch.zeros_like(held),
              "is_index_global_attn": held, "is_global_attn": True}
-    return torch_call(lambda: layer(q, **marks)[0], leaves, dout, backward), _by_head(row)
+    return torch_call(lambda: layer(q, **marks)[0], leaves, dout, backward), by_head(row)
 
 
 def bigbird(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
@@ -63,8 +63,8 @@ def bigbird(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
     layer = module.BigBirdBlockSparseAttention(module.BigBirdConfig(
         hidden_size=row.heads * row.width, num_attention_heads=row.heads, block_size=size,
         num_random_blocks=row.options["num_random"], max_position_embeddings=row.length)).eval()
-    *leaves, dout = q, k, v, _ = _tokens(row, inputs)
-    _replace(layer, query=lambda x: x, key=lambda x: k, value=lambda x: v)
+    *leaves, dout = q, k, v, _ = tokens(row, inputs)
+    replace(layer, query=lambda x: x, key=lambda x: k, value=lambda x: v)
     # it has blocks for all rows but those of the first and the last, which are global
     blocks = list(row.blocks()[:, 1:-1])
     by_turns = itertools.cycle(blocks)
@@ -74,7 +74,7 @@ def bigbird(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
     blocked, band, rows, columns = module.BigBirdModel.create_masks_for_block_sparse_attn(
         torch.ones(row.batch, row.length), size)
     return torch_call(lambda: layer(q, band, rows, columns, blocked, blocked)[0], leaves, dout,
-                      backward), _by_head(row)
+                      backward), by_head(row)
 
 
 def swin(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
@@ -84,8 +84,8 @@ def swin(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
     config = module.SwinConfig(window_size=window, attention_probs_dropout_prob=0.0)
     config._attn_implementation = "sdpa"
     layer = module.SwinAttention(config, row.heads * row.width, row.heads, window).eval()
-    tokens = {name: x for name, x in inputs.items() if name != "bias_table"}
-    q, k, v, dout = _tokens(row, tokens)
+    attended = {name: x for name, x in inputs.items() if name != "bias_table"}
+    q, k, v, dout = tokens(row, attended)
     table = layer.relative_position_bias.relative_position_bias_table
     table.requires_grad_(False)
     [given] = torch_tensors(row, {"bias_table": inputs["bias_table"]})
@@ -99,9 +99,9 @@ def swin(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
         out = layer(cut(q))[0].unflatten(1, (window, window))
         return module.window_reverse(out, window, *shape).flatten(1, 2)
 
-    _replace(layer, q_proj=lambda x: x, k_proj=lambda x: cut(k), v_proj=lambda x: cut(v),
+    replace(layer, q_proj=lambda x: x, k_proj=lambda x: cut(k), v_proj=lambda x: cut(v),
              o_proj=lambda x: x)
-    arranged = _by_head(row)
+    arranged = by_head(row)
 
     def host(result: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
         return (*arranged(result[:4]), *torch_to_host(result[4:]))
@@ -116,15 +116,15 @@ def axial(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
 
     shape = row.options["shape"]
     module = AxialAttention(row.heads * row.width, num_dimensions=2, heads=row.heads, dim_index=-1)
-    q, k, v, dout = (x.unflatten(1, shape) for x in _tokens(row, inputs))
+    q, k, v, dout = (x.unflatten(1, shape) for x in tokens(row, inputs))
     kv = torch.cat([k, v], dim=-1)
     for permuted in module.axial_attentions:
 
         def keys_and_values(x: Any, order: list[int] = permuted.permutation) -> Any:
             return kv.permute(order).contiguous().flatten(0, 1)
 
-        _replace(permuted.fn, to_q=lambda x: x, to_kv=keys_and_values, to_out=lambda x: x)
-    arranged = _by_head(row)
+        replace(permuted.fn, to_q=lambda x: x, to_kv=keys_and_values, to_out=lambda x: x)
+    arranged = by_head(row)
 
     def host(result: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
         out, *grads = (x.flatten(1, 2) for x in result)
@@ -143,19 +143,19 @@ def _model(name: str) -> Any:
         return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
-def _replace(layer: Any, **functions: Callable[[Any], Any]) -> None:
+def replace(layer: Any, **functions: Callable[[Any], Any]) -> None:
     """Put functions in the place of projections."""
     for name, function in functions.items():
         delattr(layer, name)
         setattr(layer, name, function)
 
 
-def _tokens(row: PatternRow, inputs: Inputs) -> list[Any]:
+def tokens(row: Row, inputs: Inputs) -> list[Any]:
     """The inputs as (B, N, H D), as projections leave them."""
     return [x.transpose(1, 2).flatten(2) for x in torch_tensors(row, inputs)]
 
 
-def _by_head(row: PatternRow) -> Callable[[Any], tuple[np.ndarray, ...]]:
+def by_head(row: Row) -> Callable[[Any], tuple[np.ndarray, ...]]:
     """From that to (B, H, N, D), in NumPy."""
     return lambda result: tuple(x.reshape(*x.shape[:2], row.heads, row.width).swapaxes(1, 2)
                                 for x in torch_to_host(result))

@@ -9,8 +9,12 @@ from typing import Any
 
 import pyattn
 
+from .content import DECIDED
 from .harness import Measurement, Spread
-from .targets import MACHINE, MICROSECONDS, Target, reached
+from .targets import DECIDING, MACHINE, MEGABYTES, MICROSECONDS, Target, reached
+
+DENSE = " dense"
+"""How the names of rivals end that attend over all pairs."""
 
 RIVAL_PACKAGES = ("torch", "jax", "numpy")
 
@@ -36,11 +40,18 @@ def markdown(measurements: Sequence[Measurement], threads: int,
         "many bytes. MB: peak memory above the inputs.",
         "",
     ]
-    different = list(dict.fromkeys(rival for found in measurements for rival in found.different))
-    if different:
-        lines += [f"Timed, but not compared: {', '.join(different)} attend over all pairs, causal "
+    different: dict[str, list[str]] = {}
+    for found in measurements:
+        for rival in found.different:
+            different.setdefault(rival, []).append(_title(found))
+    if dense := [rival for rival in different if rival.endswith(DENSE)]:
+        lines += [f"Timed, but not compared: {', '.join(dense)} attend over all pairs, causal "
                   "where the pattern is. In the layers of other packages, functions that hand over "
                   "q, k and v are in the place of the projections.", ""]
+    if any(DECIDED in found.row.rivals for found in measurements):
+        lines += ["Tokens are independent normal numbers. Told what to decide (buckets, clusters, "
+                  f"lists), pyattn is {DECIDED}: what its ratio lacks to 1 is the share of "
+                  "hashing, clustering and selection.", ""]
     if dropped:
         taken = ", ".join(f"{name}={value}" for name, value in dropped.items())
         lines += [f"Not passed on to the libraries: {taken}.", ""]
@@ -55,6 +66,11 @@ def markdown(measurements: Sequence[Measurement], threads: int,
         lines += ["", "Above 100% of the machine, so what it is compared with is not what the "
                       "machine can do (another process, or a library that does not know this CPU):",
                   "", *beyond]
+    others = {rival: titles for rival, titles in different.items() if rival not in dense}
+    if others:
+        lines += ["", "Timed, but not compared, as they have rules of their own for who sees whom:",
+                  ""]
+        lines += [f"- {rival} ({'; '.join(titles)})" for rival, titles in others.items()]
     notes: dict[str, list[str]] = {}
     for found in measurements:
         for rival, reason in found.absent.items():
@@ -87,7 +103,8 @@ def target_table(targets: Sequence[Target], measurements: Sequence[Measurement],
 
 
 def _value(target: Target, spread: Spread) -> str:
-    form = {MACHINE: "{:.0%}", MICROSECONDS: "{:.1f}"}.get(target.against, "{:.2f}")
+    form = {MACHINE: "{:.0%}", DECIDING: "{:.0%}", MICROSECONDS: "{:.1f}",
+            MEGABYTES: "{:.0f}"}.get(target.against, "{:.2f}")
     middle, low, high = (form.format(x) for x in (spread.median, spread.low, spread.high))
     return middle if low == high else f"{middle} ({low}-{high})"
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from .calls import Inputs, Rival, Unsupported, torch_call, torch_tensors, torch_to_host
+from .content import CONTENT, DECIDED, ContentRow
+from .content_peers import CONTENT_PEERS
 from .peers import PEERS
 from .rows import PATTERNS, PatternRow, Row
 
@@ -85,6 +87,15 @@ def judge_variant(row: Row, inputs: Inputs, backward: bool) -> tuple[np.ndarray,
     return _pyattn(row, exact, backward)[0]()
 
 
+def judge_decided(row: ContentRow, inputs: Inputs, backward: bool) -> tuple[np.ndarray, ...]:
+    """What the variant gives in float64 for what it decides in the row's dtype.
+
+    A near tie may be decided otherwise in float64.
+    """
+    exact = {name: x.astype(np.float64) for name, x in inputs.items()}
+    return _decided(row, exact, backward)[0]()
+
+
 def _numpy_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     allowed = row.allowed()
     acc = np.float64 if row.dtype == "float64" else np.float32
@@ -98,21 +109,29 @@ def _numpy_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
     return call, lambda result: result
 
 
-def _pyattn(row: Row, inputs: Inputs, backward: bool) -> Rival:
+def _pyattn(row: Row, inputs: Inputs, backward: bool, **more: Any) -> Rival:
     import pyattn
 
     function = getattr(pyattn, row.function)
-    arguments: dict[str, Any] = {**inputs, **row.arguments()}
+    arguments: dict[str, Any] = {**inputs, **row.arguments(), **more}
     dout = arguments.pop("dout")
+    learned = [name for name in inputs if name != "dout"]
 
     def forward() -> tuple[np.ndarray, ...]:
         return (function(**arguments),)
 
     def both() -> tuple[np.ndarray, ...]:
         out, saved = function.forward(**arguments)
-        return (out, *saved.backward(dout))
+        gradients = saved.backward(dout)
+        return (out, *(getattr(gradients, name) for name in learned))
 
     return (both if backward else forward), lambda result: result
+
+
+def _decided(row: ContentRow, inputs: Inputs, backward: bool) -> Rival:
+    """pyattn, told what it decides: what is left is attention."""
+    more = {"decisions": row.decisions} if row.decisions else {}
+    return _pyattn(row, inputs, backward, **more)
 
 
 def _torch_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
@@ -234,17 +253,20 @@ def _jax_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
 
 
 def _over_all_pairs(rival: Callable[[Row, Inputs, bool], Rival]
-                    ) -> Callable[[PatternRow, Inputs, bool], Rival]:
+                    ) -> Callable[[PatternRow | ContentRow, Inputs, bool], Rival]:
     """The rival's call without the pattern, which is compared with nothing."""
 
-    def prepare(row: PatternRow, inputs: Inputs, backward: bool) -> Rival:
-        arrays = {name: inputs[name] for name in ("q", "k", "v", "dout")}
+    def prepare(row: PatternRow | ContentRow, inputs: Inputs, backward: bool) -> Rival:
+        # where queries are keys, their array is both
+        arrays = {name: inputs["qk"] if name in "qk" and "qk" in inputs else inputs[name]
+                  for name in ("q", "k", "v", "dout")}
         return rival(row.over_all_pairs(), arrays, backward)[0], None
 
     return prepare
 
 
 VARIANTS = {function for function, _, _ in PATTERNS.values()}
+BY_CONTENT = {found.function for found in CONTENT.values()}
 
 RIVALS: dict[str, dict[str, Callable[[Row, Inputs, bool], Rival]]] = {
     "attention": {
@@ -257,10 +279,13 @@ RIVALS: dict[str, dict[str, Callable[[Row, Inputs, bool], Rival]]] = {
     **{function: {"pyattn": _pyattn, "pyattn dense": _over_all_pairs(_pyattn),
                   "torch dense": _over_all_pairs(_torch_attention), **PEERS.get(function, {})}
        for function in VARIANTS},
+    **{function: {"pyattn": _pyattn, "pyattn dense": _over_all_pairs(_pyattn), DECIDED: _decided,
+                  **CONTENT_PEERS.get(function, {})} for function in BY_CONTENT},
 }
 """By function and by the name that `Row.rivals` uses."""
 
-JUDGES = {"attention": judge, **dict.fromkeys(VARIANTS, judge_variant)}
+JUDGES = {"attention": judge, **dict.fromkeys(VARIANTS, judge_variant),
+          **dict.fromkeys(BY_CONTENT, judge_decided)}
 """What every rival's result is held against, in float64, before it is timed."""
 
 

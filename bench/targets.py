@@ -6,15 +6,18 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
+from .content import CONTENT, DECIDED, LONGEST
 from .harness import Measurement, Spread
 from .rows import PATTERNS, Row
 
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
 
 MICROSECONDS, GROWTH, MACHINE, MEMORY = "microseconds", "growth", "machine", "memory"
+MEGABYTES, DECIDING = "megabytes", "deciding"
 """What `Target.against` may be beside the name of a rival: the time of a call, the time per token
 at the longest row divided by that at the shortest, the share of what the machine can do, the peak
-memory divided by the least of those that compute the same."""
+memory divided by the least of those that compute the same, peak memory itself, and the share of the
+time that a call does not take if it is told what to decide."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Target:
 
     @property
     def smaller_is_better(self) -> bool:
-        return self.against in (MICROSECONDS, GROWTH, MEMORY)
+        return self.against in (MICROSECONDS, GROWTH, MEMORY, MEGABYTES, DECIDING)
 
     def speaks_of(self, row: Row) -> bool:
         return re.fullmatch(self.rows, row.name) is not None
@@ -114,6 +117,31 @@ PATTERN_TARGETS = tuple(
 """Of the rows of `PATTERNS`: those that ``--patterns`` selects."""
 
 
+def _content(length: int | str, kind: str = "") -> str:
+    names = "|".join(re.escape(name) for name in CONTENT if name.startswith(kind))
+    return rf"({names}), N={length}, .*"
+
+
+PAPER = "NSA, "
+"""Its rows with the paper's sizes, whose pairs allow 3.7 times dense attention's speed, and 7.9."""
+
+CONTENT_TARGETS = (
+    *(Target(f"pyattn over all pairs, {kind}, N = 16384", _content(16384, kind), BOTH, 5, 10,
+             "pyattn dense") for kind in ("LSH", "routing")),
+    Target("pyattn over all pairs, NSA, N = 16384", _content(16384, PAPER), BOTH, 2, 3.7,
+           "pyattn dense"),
+    Target(f"pyattn over all pairs, NSA, N = {LONGEST}", _content(LONGEST, PAPER), BOTH, 5, 7.9,
+           "pyattn dense"),
+    *(Target(f"{rival}, {kind}", _content(r"\d+", kind), BOTH, 5, 10, rival)
+      for rival, kind in (("lucidrains", "LSH"), ("transformers", "LSH"),
+                          ("lucidrains", "routing"), ("lucidrains", PAPER))),
+    *(Target(f"share of deciding, {kind}, N = 16384", _content(16384, kind), BOTH, 1 / 3, 1 / 5,
+             DECIDING) for kind in ("LSH", "routing", "NSA")),
+    Target(f"MB at N = {LONGEST}", _content(LONGEST), BOTH, 2000, 1000, MEGABYTES),
+)
+"""Of the rows of `CONTENT`: those that ``--content`` selects."""
+
+
 def reached(target: Target, measurements: Iterable[Measurement]) -> dict[str, Spread]:
     """By row, what was reached; what was not measured is left out."""
     rows = [found for found in measurements if target.speaks_of(found.row)]
@@ -135,6 +163,12 @@ def _value(target: Target, found: Measurement) -> Spread | None:
         return found.share
     if target.against == MEMORY:
         return _share_of_memory(found)
+    if target.against == MEGABYTES:
+        peak = found.megabytes.get(found.row.rivals[0])
+        return None if peak is None else Spread.of([peak])
+    if target.against == DECIDING:
+        told = found.ratios.get(DECIDED)
+        return None if told is None else Spread(1 - told.median, 1 - told.high, 1 - told.low)
     if target.against == MICROSECONDS:
         return found.seconds[found.row.rivals[0]].times(1e6)
     return found.ratios.get(target.against)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 import time
 
 import numpy as np
 import pytest
 
-from bench import harness, rivals
+import pyattn
+from bench import content_peers, harness, rivals
+from bench.content import CONTENT, CONTENT_ROWS, DECIDED, LONGEST, ContentRow, content_row
 from bench.harness import Spread
 from bench.report import markdown, plot, target_table
 from bench.rows import PATTERN_LENGTHS, PATTERNS, ROWS, PatternRow, Row, pattern_row
 from bench.targets import (
     BACKWARD,
+    CONTENT_TARGETS,
+    DECIDING,
     FORWARD,
     GROWTH,
     MACHINE,
+    MEGABYTES,
     MEMORY,
     MICROSECONDS,
     PATTERN_TARGETS,
@@ -130,6 +136,18 @@ def test_a_slow_call_is_timed_in_one_turn(monkeypatch):
     # to see how long it takes, to wake it, and the turn
     assert made.count("slow") == 3
     assert harness.ratios([8.0], [2.0, 1.0, 1.0]) == Spread(4.0, 4.0, 4.0)
+
+
+def test_a_call_that_takes_very_long_is_made_once(monkeypatch):
+    monkeypatch.setattr(harness, "PATIENCE", 0.02)
+    monkeypatch.setattr(harness, "ENOUGH", 0.04)
+    made = []
+    calls = {name: lambda name=name, seconds=seconds: (made.append(name), time.sleep(seconds))
+             for name, seconds in {"first": 0.001, "endless": 0.05}.items()}
+    times = harness.alternate(calls, 0.0, least=3)
+    assert [len(values) for values in times.values()] == [3, 1]
+    assert times["endless"][0] >= 0.05
+    assert made.count("endless") == 1
 
 
 def test_beyond_the_machines_own_product_is_questioned(monkeypatch):
@@ -433,7 +451,7 @@ def test_every_pattern_has_a_target_at_both_ends():
 
 
 def test_names_tell_rows_apart():
-    names = [row.name for row in ROWS]
+    names = [row.name for row in (*ROWS, *CONTENT_ROWS)]
     assert len(set(names)) == len(names)
 
 
@@ -570,6 +588,202 @@ def test_peak_memory_of_a_pattern():
         pytest.skip("this system does not tell peak memory: no /proc/self/clear_refs")
     result = 8 * 1024 * 64 * 4 / 2**20
     assert 3 * result <= peak < 8 * result              # there are four of them
+
+
+def tiny(name):
+    """A row of a variant that chooses keys, in a size for tests."""
+    row = content_row(name, 2048)
+    return dataclasses.replace(row, length=256, heads=2, width=16)
+
+
+@pytest.mark.parametrize(("name", "rival"), [
+    pytest.param(name, rival, id=f"{name}-{rival}") for name in CONTENT
+    for rival in content_row(name, 2048).rivals])
+@pytest.mark.filterwarnings("ignore")
+def test_every_rival_computes_every_choice_of_keys(name, rival):
+    row = tiny(name)
+    inputs = row.inputs()
+    try:
+        call, host = rivals.RIVALS[row.function][rival](row, inputs, True)
+    except (ImportError, rivals.Unsupported) as absent:
+        pytest.skip(str(absent))
+    result = call()
+    gradients = len(inputs) - 1
+    if rival == "pyattn dense":
+        q, k, v = (inputs.get(x, inputs.get("qk")) for x in "qkv")
+        causal = np.tri(256, dtype=bool) if name != "routing, top 128" and (
+            row.function != "graph_attention") else None
+        right = rivals.dense(q, k, v, dout=inputs["dout"], allowed=causal)
+        assert host is None
+        assert harness.difference(result, right) < 1e-5
+        return
+    if host is None:
+        # of rules of their own
+        assert rival in ("lucidrains", "transformers")
+        assert all(np.isfinite(x.detach().numpy()).all() for x in result)
+        assert result[0].numel() == inputs["dout"].size
+        return
+    right = rivals.JUDGES[row.function](row, inputs, True)
+    assert len(right) == 1 + gradients
+    assert harness.difference(host(result), right) <= harness.TOLERANCE["float32"]
+    call, host = rivals.RIVALS[row.function][rival](row, inputs, False)
+    assert harness.difference(host(call()), right[:1]) <= harness.TOLERANCE["float32"]
+
+
+def test_there_are_peers_that_attend_to_the_same_pairs():
+    """Or no other package would hold what is timed to account."""
+    for name, peers in (("LSH, 8 rounds, as the original", ("lucidrains", "transformers")),
+                        ("routing, top 128", ("lucidrains",))):
+        row = tiny(name)
+        for peer in peers:
+            try:
+                host = rivals.RIVALS[row.function][peer](row, row.inputs(), False)[1]
+            except ImportError:
+                continue
+            assert host is not None
+
+
+def chosen(row):
+    """The pairs that a row's decisions let see each other, (H, N, N), told apart from its code."""
+    i, j = np.ogrid[:row.length, :row.length]
+    if row.function == "top_k_attention":
+        seen = np.zeros((row.heads, row.length, row.length + 1), bool)
+        np.put_along_axis(seen, row.decisions["indices"][0], values=True, axis=-1)
+        return seen[..., :-1]
+    if row.function == "graph_attention":
+        edges = row.arguments()["graph"].toarray() != 0
+        return np.broadcast_to(edges | (i == j), (row.heads, row.length, row.length))
+    clusters, keys = (row.decisions[name][0] for name in ("clusters", "key_clusters"))
+    alike = (clusters[:, :, None] == keys[:, None, :]) & (j <= i)
+    # the last of them alone
+    return alike & (alike[..., ::-1].cumsum(axis=-1)[..., ::-1] <= row.options["cluster_size"])
+
+
+@pytest.mark.parametrize("name", ["top 64 of all keys", "graph, 64 random edges",
+                                  "routing, clusters of 128"])
+def test_what_a_choice_of_keys_is_judged_by(name):
+    row = tiny(name)
+    exact = {name: x.astype(np.float64) for name, x in row.inputs().items()}
+    [judged] = rivals.JUDGES[row.function](row, exact, False)
+    if name.startswith("routing"):
+        exact |= {x: pyattn.features.standardise(exact[x]) for x in "qk"}
+    del exact["dout"]
+    allowed = chosen(row)
+    none = ~allowed.any(axis=-1)
+    assert not judged[0, none].any()
+    right = rivals.dense(**exact, allowed=allowed | none[..., None])[0]
+    right[0, none] = 0
+    assert harness.difference([judged], [right]) < 1e-12
+    assert row.pairs() == allowed.sum() / 2
+    assert row.work(True) == 2 * 7 * 16 * allowed.sum()
+
+
+@pytest.mark.parametrize(("name", "deciding"), [
+    ("LSH, 8 rounds", ["lsh.lsh_hash"]),
+    ("routing, clusters of 128", ["routing._decide"]),
+    ("routing, top 128", ["routing._decide"]),
+    ("NSA, 8 heads to a key", ["nsa_blocks.important_blocks"]),
+    ("NSA by clusters", ["nsa_clusters.group_keys", "nsa_clusters.select_tokens"]),
+    ("NSA by trees of clusters", ["nsa_clusters.group_keys", "nsa_clusters.select_tokens"]),
+    ("NSA by hashes", ["nsa_clusters.hash_tokens", "nsa_clusters.lsh_hash",
+                       "nsa_clusters.select_from_buckets"]),
+    ("top 64 of all keys", ["top_k.select_keys"]),
+])
+def test_what_is_told_is_not_decided_again(name, deciding, monkeypatch):
+    """So that the time it saves is that of deciding."""
+    row = tiny(name)
+    called = []
+    for name in deciding:
+        module, _, function = name.partition(".")
+        module = importlib.import_module(f"pyattn.variants.{module}")
+        monkeypatch.setattr(module, function, told_of(getattr(module, function), name, called))
+    rivals.RIVALS[row.function][DECIDED](row, row.inputs(), True)[0]()
+    assert called == []
+    rivals.RIVALS[row.function]["pyattn"](row, row.inputs(), False)[0]()
+    assert set(called) == set(deciding)
+
+
+def told_of(function, name, called):
+    """The function, which writes down that it is called."""
+
+    def told(*args, **options):
+        called.append(name)
+        return function(*args, **options)
+
+    return told
+
+
+def test_a_peer_decides_before_it_is_told():
+    called = []
+    decided = content_peers._then(lambda *args, **options: called.append((args, options)),
+                                  lambda: "given")
+    assert decided(1, two=3) == "given"
+    assert called == [((1,), {"two": 3})]
+
+
+@pytest.mark.parametrize("target", CONTENT_TARGETS,
+                         ids=lambda target: f"{target.text}, {target.steps}")
+def test_there_is_a_choice_of_keys_for_each_of_their_targets(target):
+    rows = [row for row in CONTENT_ROWS if target.speaks_of(row)]
+    assert rows
+    assert not any(target.speaks_of(row) for row in ROWS)
+    if target.against == MEGABYTES:
+        assert all(row.memory for row in rows)
+    else:
+        wanted = DECIDED if target.against == DECIDING else target.against
+        assert any(wanted in row.rivals for row in rows)
+
+
+def test_targets_of_deciding_and_of_memory():
+    row = content_row("LSH, 8 rounds", LONGEST)
+    near = content_row("LSH, 8 rounds", 16384)
+    found = measurement(row, True, 1.0, **{DECIDED: 0.6}), measurement(near, True, 1.0)
+    found[0].megabytes = {"pyattn": 1500.0}
+    found[1].ratios[DECIDED] = Spread(0.6, 0.5, 0.7)
+    deciding = next(target for target in CONTENT_TARGETS if target.against == DECIDING)
+    [value] = reached(deciding, found).values()
+    assert dataclasses.astuple(value) == pytest.approx((0.4, 0.3, 0.5))
+    assert "40% (30%-50%) | short" in target_table([deciding], found, threads=1)
+    megabytes = next(target for target in CONTENT_TARGETS if target.against == MEGABYTES)
+    assert [value.median for value in reached(megabytes, found).values()] == [1500.0]
+    assert "| 2000 | 1000 | 1500 | met |" in target_table([megabytes], found, threads=1)
+    found[0].megabytes = {"pyattn": None}
+    assert reached(megabytes, found) == reached(deciding, found[:1]) == {}
+
+
+def test_rules_of_their_own_are_told():
+    row = content_row("LSH, 8 rounds", 2048)
+    found = measurement(row, True, 1.0, lucidrains=5.0, **{"pyattn dense": 4.0, DECIDED: 0.9})
+    found.different = ["pyattn dense", "lucidrains"]
+    table = markdown([found], threads=1)
+    assert "compared: pyattn dense attend over all pairs" in table
+    assert f"- lucidrains ({row.name}, forward + backward)" in table
+    assert "what its ratio lacks to 1" in table
+    assert "what its ratio lacks to 1" not in markdown([measurement(ROW, False, 1.0)], threads=1)
+
+
+def test_every_process_decides_alike():
+    for name in CONTENT:
+        row = tiny(name)
+        again = dataclasses.replace(row).decisions
+        assert row.decisions.keys() == again.keys()
+        for x, decided in row.decisions.items():
+            assert np.array_equal(decided, again[x])
+
+
+def test_a_choice_of_keys_keeps_its_kind_when_shortened():
+    row = content_row("NSA by trees of clusters", 16384)
+    assert row.shortened(128) == content_row("NSA by trees of clusters", 2048)
+    assert isinstance(row.shortened(128), ContentRow)
+
+
+def test_peak_memory_of_a_choice_of_keys():
+    row = content_row("routing, clusters of 128", 2048)
+    peak = harness.peak_megabytes(row, True, "pyattn")
+    if peak is None:
+        pytest.skip("this system does not tell peak memory: no /proc/self/clear_refs")
+    result = 8 * 2048 * 64 * 4 / 2**20
+    assert 3 * result <= peak < 20 * result     # there are four of them, and operands made anew
 
 
 def test_peak_memory_counts_what_numpy_allocates():

@@ -48,16 +48,17 @@ def spread_tokens(x: Array, index: np.ndarray, tokens: int) -> Array:
     dtype = x.dtype
     x = arrays.cast(xp, x, arrays.accumulator(xp, x))
     rows = arrays.reshape(xp, x, (index.size, width))
-    place = np.where(index < 0, items * tokens, np.arange(items)[:, None] * tokens + index).ravel()
-    order = np.argsort(place, kind="stable")
-    order = order[:np.count_nonzero(place < items * tokens)]
-    target, start = np.unique(place[order], return_index=True)
+    slots = np.flatnonzero(index >= 0)
+    place = (np.arange(items)[:, None] * tokens + index).ravel()[slots]
     shape = items * tokens, width
     if type(x) is np.ndarray:
-        out = np.zeros(shape, x.dtype)
-        if len(order):
-            out[target] = np.add.reduceat(rows[order], start, axis=0)
-        return arrays.cast(xp, out.reshape(items, tokens, width), dtype)
+        import scipy.sparse
+
+        lists = scipy.sparse.csr_array((np.ones(slots.size, x.dtype), (place, slots)),
+                                       shape=(shape[0], index.size))
+        return arrays.cast(xp, (lists @ rows).reshape(items, tokens, width), dtype)
+    order = slots[np.argsort(place, kind="stable")]
+    target, start = np.unique(np.sort(place), return_index=True)
     # turn after turn: the first slot that lists a token, the second, ...
     out = xp.zeros(shape, dtype=x.dtype, device=arrays.device(x))
     count = np.diff(np.append(start, len(order)))

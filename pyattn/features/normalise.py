@@ -6,11 +6,18 @@ Letters: D width.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from ..arrays import Array
 from ..differentiable import Saved, differentiable, gradients
 from .precision import cast_like, require_same_shape, widened
+
+ROWS = 2**9
+"""So many tokens are normalised at a time on the host, where they stay in the cache."""
 
 SMALLEST = 1e-12
 """A token is divided by at least this, so that zeros stay zeros."""
@@ -26,11 +33,14 @@ class UnitLengthSaved(Saved):
         """Gradient of x: what lies along a token is lost."""
         require_same_shape("dout", dout, self.x.shape)
         xp, dy, x = widened(dout=dout, x=self.x)
-        length = _length(xp, x)
-        # forward: y = x / |x|
-        y = x / length
-        dx = (dy - y * xp.sum(y * dy, axis=-1, keepdims=True)) / length
-        return gradients(("x",))(cast_like(xp, dx, self.x))
+
+        def pull(x: Array, dy: Array) -> Array:
+            length = _length(xp, x)
+            # forward: y = x / |x|
+            y = x / length
+            return (dy - y * xp.vecdot(y, dy)[..., None]) / length
+
+        return gradients(("x",))(cast_like(xp, _by_rows(pull, x, dy), self.x))
 
 
 @differentiable
@@ -63,11 +73,12 @@ def unit_length(x: Array) -> tuple[Array, UnitLengthSaved]:
     array([[0.6, 0.8]])
     """
     xp, wide = widened(x=x)
-    return cast_like(xp, wide / _length(xp, wide), x), UnitLengthSaved(x)
+    unit = _by_rows(lambda x: x / _length(xp, x), wide)
+    return cast_like(xp, unit, x), UnitLengthSaved(x)
 
 
 def _length(xp: Any, x: Array) -> Array:
-    length = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
+    length = xp.sqrt(xp.vecdot(x, x))[..., None]
     return xp.where(length < SMALLEST, xp.full_like(length, SMALLEST), length)
 
 
@@ -82,12 +93,14 @@ class StandardiseSaved(Saved):
         """Gradient of x."""
         require_same_shape("dout", dout, self.x.shape)
         xp, dy, x = widened(dout=dout, x=self.x)
-        centred, rstd = _centred(xp, x, self.eps)
-        # forward: y = (x - mean) * rstd
-        y = centred * rstd
-        dx = rstd * (dy - xp.mean(dy, axis=-1, keepdims=True)
-                     - y * xp.mean(dy * y, axis=-1, keepdims=True))
-        return gradients(("x",))(cast_like(xp, dx, self.x))
+
+        def pull(x: Array, dy: Array) -> Array:
+            centred, rstd = _centred(xp, x, self.eps)
+            # forward: y = (x - mean) * rstd
+            y = centred * rstd
+            return rstd * (dy - _mean(xp, dy) - y * _mean(xp, dy, y))
+
+        return gradients(("x",))(cast_like(xp, _by_rows(pull, x, dy), self.x))
 
 
 @differentiable
@@ -121,10 +134,33 @@ def standardise(x: Array, *, eps: float = 1e-5) -> tuple[Array, StandardiseSaved
     array([[-1.,  1.]])
     """
     xp, wide = widened(x=x)
-    centred, rstd = _centred(xp, wide, eps)
-    return cast_like(xp, centred * rstd, x), StandardiseSaved(x, eps)
+
+    def normal(x: Array) -> Array:
+        centred, rstd = _centred(xp, x, eps)
+        return centred * rstd
+
+    return cast_like(xp, _by_rows(normal, wide), x), StandardiseSaved(x, eps)
 
 
 def _centred(xp: Any, x: Array, eps: float) -> tuple[Array, Array]:
-    centred = x - xp.mean(x, axis=-1, keepdims=True)
-    return centred, 1 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    centred = x - _mean(xp, x)
+    return centred, 1 / xp.sqrt(_mean(xp, centred, centred) + eps)
+
+
+def _mean(xp: Any, x: Array, y: Array | None = None) -> Array:
+    """Return the mean of every token of x, or x times y: (..., 1)."""
+    total = xp.sum(x, axis=-1) if y is None else xp.vecdot(x, y)
+    return total[..., None] / x.shape[-1]
+
+
+def _by_rows(function: Callable[..., Array], *given: Array) -> Array:
+    """Return ``function(*given)`` of arrays (..., D), which does the same to every token."""
+    if any(type(x) is not np.ndarray for x in given):
+        return function(*given)
+    shape = given[0].shape
+    out = np.empty(shape, given[0].dtype)
+    parts = [x.reshape(math.prod(shape[:-1]), shape[-1]) for x in (out, *given)]
+    for start in range(0, len(parts[0]), ROWS):
+        done, *rest = (x[start:start + ROWS] for x in parts)
+        done[:] = function(*rest)
+    return out

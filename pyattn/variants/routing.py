@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
+from .. import arrays, dispatch
 from ..arrays import Array
 from ..checks import DtypeError, OptionError, ShapeError, require_choice, require_integer
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import softmax
 from ..engines.placement import place
+from ..features.clustering import Sets
 from ..features.gathering import spread_tokens, take_tokens
 from ..features.normalise import StandardiseSaved, standardise
 from ..features.padding import without_padding
@@ -262,17 +263,24 @@ def _decide(xp: Any, x: Array, centroids: Array, lengths: np.ndarray, mode: str,
             size: int) -> np.ndarray:
     """Return each token's cluster (I, N), or each cluster's tokens (I, C, size)."""
     acc = arrays.accumulator(xp, x)
-    items, n, _ = x.shape
+    items, n, width = x.shape
     heads, count, _ = centroids.shape
-    shape = (items, n) if mode == "assign" else (items, count, size)
-    found = np.zeros(shape, np.int32)
+    centroids = arrays.cast(xp, centroids, acc)
+    if mode == "assign":
+        nodes = arrays.reshape(xp, centroids, (heads * count, width))
+        first = np.arange(items) % heads * count
+        sets = Sets(np.arange(items) * n, lengths, first, np.full(items, count))
+        rows = arrays.reshape(xp, arrays.cast(xp, x, acc), (items * n, width))
+        none = np.full(items * n, NONE, np.int32)
+        node = dispatch.kernel("clustering", None, rows).nearest(
+            rows, nodes, xp.zeros_like(nodes[:, 0]), sets, lengths > 0, none)
+        # padding is in cluster 0, which nobody looks at
+        return np.maximum(node.reshape(items, n) - first[:, None], 0).astype(np.int32)
+    found = np.zeros((items, count, size), np.int32)
     for item in range(items):
-        products = xp.matmul(arrays.cast(xp, centroids[item % heads, ...], acc),
+        products = xp.matmul(centroids[item % heads, ...],
                              xp.matrix_transpose(arrays.cast(xp, x[item, ...], acc)))
-        if mode == "top":
-            found[item] = _largest(arrays.to_host(products), int(lengths[item]), size)
-        elif n:
-            found[item] = arrays.to_host(xp.argmax(products, axis=0))
+        found[item] = _largest(arrays.to_host(products), int(lengths[item]), size)
     return found
 
 
@@ -285,9 +293,11 @@ def _largest(products: np.ndarray, length: int, size: int) -> np.ndarray:
         found[:, :length] = np.arange(length)
         return found
     least = np.partition(products, length - size, axis=1)[:, length - size, None]
-    above, equal = products > least, products == least
-    room = size - np.count_nonzero(above, axis=1, keepdims=True)
-    chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
+    chosen = products >= least
+    if np.count_nonzero(chosen) > found.size:
+        above, equal = products > least, products == least
+        room = size - np.count_nonzero(above, axis=1, keepdims=True)
+        chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
     found[:] = np.nonzero(chosen)[1].reshape(found.shape)
     return found
 
