@@ -692,12 +692,13 @@ def test_what_a_choice_of_keys_is_judged_by(name):
 def test_what_is_told_is_not_decided_again(name, deciding, monkeypatch):
     """So that the time it saves is that of deciding."""
     row = tiny(name)
+    told = rivals.RIVALS[row.function][DECIDED](row, row.inputs(), True)[0]
     called = []
     for name in deciding:
         module, _, function = name.partition(".")
         module = importlib.import_module(f"pyattn.variants.{module}")
         monkeypatch.setattr(module, function, told_of(getattr(module, function), name, called))
-    rivals.RIVALS[row.function][DECIDED](row, row.inputs(), True)[0]()
+    told()
     assert called == []
     rivals.RIVALS[row.function]["pyattn"](row, row.inputs(), False)[0]()
     assert set(called) == set(deciding)
