@@ -286,8 +286,12 @@ def _decide(xp: Any, x: Array, centroids: Array, lengths: np.ndarray, mode: str,
 
 def _largest(products: np.ndarray, length: int, size: int) -> np.ndarray:
     """Return the columns of the largest of each row, ascending; of equals the first."""
-    # what is not a number is never among the largest, if others are there
-    products = np.where(np.isnan(products), -np.inf, products)[:, :length]
+    products = products[:, :length]
+    with np.errstate(invalid="ignore", over="ignore"):
+        suspect = np.isnan(products.sum())
+    if suspect:
+        # what is not a number is never among the largest, if others are there
+        products = np.where(np.isnan(products), -np.inf, products)
     found = np.full((len(products), size), NONE, np.int32)
     if length <= size:
         found[:, :length] = np.arange(length)
@@ -298,7 +302,8 @@ def _largest(products: np.ndarray, length: int, size: int) -> np.ndarray:
         above, equal = products > least, products == least
         room = size - np.count_nonzero(above, axis=1, keepdims=True)
         chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
-    found[:] = np.nonzero(chosen)[1].reshape(found.shape)
+    place = np.flatnonzero(chosen).reshape(found.shape)
+    found[:] = place - np.arange(len(products))[:, None] * length
     return found
 
 
