@@ -21,7 +21,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "global_local_attention": {"window": 16, "first": 1},
     "local_attention_2d": {"shape": [1024, 16], "window": 2},
     "longformer_attention": {"window": 16, "global_index": [0]},
-    "lsh_attention": {"num_rounds": 2, "bucket_length": 16, "num_buckets": 8, "rng": 0},
+    "lsh_attention": {"num_rounds": 2, "bucket_length": 8, "num_buckets": 8, "rng": 0},
     "nsa_attention": {"window": 15, "block_size": 8, "stride": 4, "select_block": 8,
                       "num_selected": 4},
     "random_attention": {"num_random": 2, "block_size": 8, "rng": 0},

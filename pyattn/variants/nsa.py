@@ -124,7 +124,8 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     the members, with ``log |c|`` added to the score, and in the selected branch the `num_selected`
     keys whose cosines with the query are largest, of the clusters nearest to it. Causal, tokens are
     clustered segment by segment, and a segment's clusters are seen once it is over. With
-    ``mode="lsh"`` groups are buckets of random hashes, and keys are selected of the query's own.
+    ``mode="lsh"`` keys are selected of the query's own buckets of random hashes, in several rounds,
+    and the groups of the compressed branch are those of a coarser hash.
 
     E.g., in the paper's mode, six tokens, ``block_size=2, stride=1, select_block=2,
     num_selected=2, num_local=1, window=1``: query 5 sees compressed {0, 1} {1, 2} {2, 3} {3, 4}
@@ -162,9 +163,11 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
         Of the paper's mode.
     activation : {"gelu", "relu", "gelu_tanh", "silu"}
         Of ``compression="mlp"``.
-    num_clusters, iterations, metric
-        Of ``"kmeans"``, as for `pyattn.features.kmeans`: clusters of a segment, by default one for
-        each 16 tokens, and of all, if not causal, sqrt(M).
+    num_clusters : int
+        Groups of a segment, by default one for each 16 tokens, or of all, if not causal, by default
+        sqrt(M); with ``"lsh"`` an even number, at most so many, but at least 2.
+    iterations, metric
+        Of ``"kmeans"``, as for `pyattn.features.kmeans`.
     representative : {"mean", "medoid"}
         What stands for a cluster.
     tree : bool
@@ -173,8 +176,9 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     num_top_clusters : int
         Clusters that keys are selected from.
     num_buckets, num_rounds, rng, rotations
-        Of ``"lsh"``, as for `pyattn.features.lsh_hash`. Buckets of the first round are the groups
-        of the compressed branch.
+        Of ``"lsh"``, as for `pyattn.features.lsh_hash`: the buckets that keys are selected from.
+        The groups of the compressed branch are coarser, as every later query reads them all: keys
+        that the first ``num_clusters / 2`` rotations of the first round tell apart no more.
     num_candidates : int
         Keys of the query's bucket, in each round of hashes, that may be selected.
     segment : int, default 64, tokens
@@ -285,7 +289,7 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
 
 _GROUPING = {"kmeans": ("num_clusters", "iterations", "metric", "representative", "segment",
                         "tree"),
-             "lsh": ("num_buckets", "num_rounds", "rng", "rotations", "segment")}
+             "lsh": ("num_clusters", "num_buckets", "num_rounds", "rng", "rotations", "segment")}
 _CHOOSING = {"kmeans": ("num_selected", "num_top_clusters", "threshold", "duplicate_threshold"),
              "lsh": ("num_selected", "num_candidates", "threshold", "duplicate_threshold")}
 _OPTIONS = {"paper": ("num_selected", "block_size", "stride", "select_block", "num_initial",
