@@ -35,7 +35,7 @@ from ..checks import (
     require_integer,
     require_real,
 )
-from ..differentiable import Saved, gradients
+from ..differentiable import ON_HOST, Saved, gradients
 from .placement import Placement, place
 from .softmax import flat, per_head, require_cotangents, require_operands, unbroadcast
 
@@ -142,7 +142,7 @@ class Call(Saved):
     q: Array
     k: Array
     v: Array
-    blocks: np.ndarray
+    blocks: np.ndarray = dataclasses.field(metadata=ON_HOST)
     """int32 (B, G, N, count)."""
     block_size: int
     causal: bool
@@ -302,8 +302,7 @@ def _check_blocks(blocks: Any, lead: tuple[int, ...], total: int) -> np.ndarray:
 
 
 def _lists(call: Call) -> Lists:
-    # a record may have been moved to another library with all its arrays
-    return Lists.of(arrays.to_host(call.blocks), call.block_size, call.k.shape[-2], call.placement,
+    return Lists.of(call.blocks, call.block_size, call.k.shape[-2], call.placement,
                     causal=call.causal)
 
 

@@ -165,7 +165,8 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
         Of ``compression="mlp"``.
     num_clusters : int
         Groups of a segment, by default one for each 16 tokens, or of all, if not causal, by default
-        sqrt(M); with ``"lsh"`` an even number, at most so many, but at least 2.
+        sqrt(M); with ``"lsh"`` rounded down to an even number, at least 2, and at most the sum of
+        `num_buckets`.
     iterations, metric
         Of ``"kmeans"``, as for `pyattn.features.kmeans`.
     representative : {"mean", "medoid"}

@@ -18,7 +18,7 @@ import numpy as np
 from .. import arrays, masks
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_choice, require_integer
-from ..differentiable import Saved, gradients
+from ..differentiable import ON_HOST, Saved, gradients
 from ..engines import edges
 from ..engines.placement import first_position
 from ..features.clustering import require_numbers, segment_means
@@ -347,7 +347,7 @@ class SelectedSaved(Saved):
     """Attention to the keys listed, and how they were found."""
 
     attended: Any
-    indices: np.ndarray
+    indices: np.ndarray = dataclasses.field(metadata=ON_HOST)
     grouping: Grouping | None
     scored: int
     """Products of queries with groups and keys that choosing took."""
