@@ -247,3 +247,92 @@ def test_a_block_tells_what_a_layer_needs(changes, attention, says):
     with pytest.raises(OptionError, match=says):
         layers.transformer_block(np.ones((5, 8), np.float32), params, num_heads=2,
                                  attention=attention)
+
+
+@pytest.mark.parametrize(("case", "place", "options", "error", "says"), [
+    ("nsa", 3, {}, DtypeError, "an array is needed; got builtins.list"),
+    ("top_k", 0, {}, DtypeError, "q must be an array; got builtins.list"),
+    ("graph", 4, {}, DtypeError, "bias_table must be an array; got builtins.list"),
+    ("bp", 3, {}, DtypeError, "edge_bias must be an array; got builtins.list"),
+    ("nsa", None, {"decisions": {"indices": 1}}, OptionError, "may hold blocks; got indices"),
+    ("nsa, lsh", None, {"decisions": {"blocks": 1}}, OptionError,
+     "may hold clusters, buckets, indices; got blocks"),
+    ("nsa, lsh", None, {"num_buckets": (2**16, 2**16)}, OptionError, "at most, all factors"),
+    ("lsh", None, {"num_buckets": (2**16, 2**16)}, OptionError, "at most, all factors"),
+])
+def test_what_is_no_array_or_is_another_modes_is_told(case, place, options, error, says):
+    name, names, given = CASES[case]
+    arguments = drawn(names)
+    if place is not None:
+        arguments[place] = arguments[place].tolist()
+    with pytest.raises(error, match=says):
+        getattr(pyattn, f"{name}_attention")(*arguments, **given | options)
+
+
+def test_nsa_needs_gates():
+    with pytest.raises(DtypeError, match="gates must be an array; got None"):
+        pyattn.nsa_attention(*drawn("q k v"), None)
+
+
+@pytest.mark.parametrize("mode", ["paper", "kmeans", "lsh"])
+@pytest.mark.parametrize("name", ["k_compressed", "v_compressed", "k_window", "v_window"])
+def test_branches_of_nsa_have_keys_and_values_alike(mode, name):
+    q, k, v, gates = drawn("q k v gates")
+    own = dict(zip(("k_compressed", "v_compressed", "k_window", "v_window"), (k, v, k, v),
+                   strict=True))
+    for wrong in (own[name][..., :-1], own[name][..., :-5, :], own[name][:, :1]):
+        with pytest.raises(ShapeError, match=f"{name} must have the heads, tokens and width of"):
+            pyattn.nsa_attention(q, k, v, gates, **own | {name: wrong}, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["kmeans", "lsh"])
+def test_modes_that_group_keys_need_equal_leading_axes(mode):
+    q, k, v, gates = drawn("q k v gates")
+    with pytest.raises(ShapeError, match="leading axes of q, k and v must be equal"):
+        pyattn.nsa_attention(q, k[:1], v[:1], gates, mode=mode)
+    with pytest.raises(ShapeError, match="k has width 7 but q has width 8"):
+        pyattn.nsa_attention(q, k[..., :7], v, gates, mode=mode)
+
+
+HUGE = 2**40
+
+
+@pytest.mark.parametrize(("case", "huge", "enough"), [
+    ("nsa", {"window": HUGE}, {"window": N}), ("nsa", {"num_selected": HUGE}, {"num_selected": 9}),
+    ("nsa", {"select_block": HUGE}, {"select_block": N}), ("nsa", {"stride": HUGE}, {"stride": N}),
+    ("nsa", {"block_size": HUGE}, {"block_size": N + 1}),
+    ("nsa, kmeans", {"num_clusters": HUGE}, {"num_clusters": 16}),
+    ("nsa, kmeans", {"segment": HUGE, "num_clusters": 3}, {"segment": N + 1, "num_clusters": 3}),
+    ("nsa, kmeans", {"num_top_clusters": HUGE}, {"num_top_clusters": N}),
+    ("nsa, lsh", {"num_candidates": HUGE}, {"num_candidates": N}),
+    ("nsa, lsh", {"num_clusters": HUGE}, {"num_clusters": 16}),
+    ("top_k", {"top": HUGE}, {"top": N}), ("bp", {"step": HUGE}, {"step": N}),
+    ("lsh", {"bucket_length": HUGE}, {"bucket_length": N}),
+    ("routing", {"cluster_size": HUGE}, {"cluster_size": N}),
+    ("routing, top", {"cluster_size": HUGE}, {"cluster_size": N}),
+])
+def test_sizes_beyond_all_tokens_are_those_of_all(case, huge, enough):
+    name, names, options = CASES[case]
+    arguments = drawn(names)[:3] if name == "bp" else drawn(names)
+    found, wanted = (getattr(pyattn, f"{name}_attention")(*arguments, **options | more)
+                     for more in (huge, enough))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_groups_of_hashes_are_as_many_as_asked_for():
+    q, k, v, gates = drawn("q k v gates")
+    for num_clusters, groups in ((None, 2), (2, 2), (6, 6), (7, 6), (100, 16)):
+        _, saved = pyattn.nsa_attention.forward(q, k, v, gates, mode="lsh", segment=35, rng=0,
+                                                num_clusters=num_clusters)
+        assert saved.branches[0].saved.attended.k.shape[-2] == 2 * groups
+        assert saved.decisions["clusters"].max() < 2 * groups
+        assert saved.decisions["buckets"].max() > 7
+
+
+def test_the_rounds_of_a_mask_are_drawn():
+    qk = np.random.default_rng(0).standard_normal((1, 6, 4))
+    _, saved = pyattn.lsh_attention.forward(
+        qk, qk, num_rounds=1, bucket_length=6, causal=True,
+        decisions={"buckets": np.array([[[0, 1, 0, 1, 1, 0]]])})
+    assert saved.attended.mask.draw(6).split() == [
+        "█·····", "·█····", "█·····", "·█····", "·█·█··", "█·█···"]

@@ -39,6 +39,9 @@ from ..differentiable import ON_HOST, Saved, gradients
 from .placement import Placement, place
 from .softmax import flat, per_head, require_cotangents, require_operands, unbroadcast
 
+TILE = 64
+"""Keys of a block that every backend takes."""
+
 FEW = 2**15
 """Numbers below this are sorted fastest, as 16 bits."""
 
@@ -267,7 +270,8 @@ def forward(q: Array, k: Array, v: Array, blocks: Any, *, block_size: int,
     batch = require_operands(q, k, v)
     arrays.require_same_device({"q": q, "k": k, "v": v})
     (heads, n), (groups, m) = q.shape[-3:-1], k.shape[-3:-1]
-    block_size = require_integer("block_size", block_size, minimum=1)
+    # a larger block holds no more than all
+    block_size = min(require_integer("block_size", block_size, minimum=1), max(TILE, m))
     causal = require_choice("causal", causal, (False, True, "top_left"))
     scale = q.shape[-1] ** -0.5 if scale is None else require_real("scale", scale)
     if softcap is not None and require_real("softcap", softcap) <= 0:

@@ -13,7 +13,9 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..checks import (
+    DtypeError,
     OptionError,
+    ShapeError,
     require_broadcast,
     require_choice,
     require_integer,
@@ -268,6 +270,11 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
         "k_weights": k_weights, "v_weights": v_weights}
     names = tuple(name for name, x in given.items() if x is not None)
     keys = {name: _keys(name, given) for name in BRANCHES}
+    _check_keys(given, q, gates)
+    unknown = sorted(set(decisions or {}) - set(_DECISIONS[mode]))
+    if unknown:
+        raise OptionError(f"decisions of mode {mode!r} may hold {', '.join(_DECISIONS[mode])}; got "
+                          f"{', '.join(map(str, unknown))}")
     (k_far, v_far), _, (k_near, v_near) = (map(given.get, keys[name]) for name in BRANCHES)
     placed: dict[str, Any] = {"causal": causal, "scale": scale, "q_lengths": q_lengths,
                               "kv_lengths": kv_lengths}
@@ -297,6 +304,10 @@ _OPTIONS = {"paper": ("num_selected", "block_size", "stride", "select_block", "n
                       "num_local", "compression", "activation", "k_weights", "v_weights"),
             **{mode: (*_GROUPING[mode], *_CHOOSING[mode]) for mode in _GROUPING}}
 """Which options a mode has, of those that not all have."""
+
+_DECISIONS = {"paper": ("blocks",), "kmeans": ("clusters", "medoids", "indices"),
+              "lsh": ("clusters", "buckets", "indices")}
+"""What may be given back to a mode."""
 
 _SELECTED = {"paper": 16, "kmeans": 64, "lsh": 64}
 """The default of `num_selected`."""
@@ -337,6 +348,23 @@ def _keys(branch: str, given: Mapping[str, Any]) -> tuple[str, str]:
     if any(there) != all(there):
         raise OptionError(f"{' and '.join(own)} must be given together, or neither of them")
     return own if all(there) else ("k", "v")
+
+
+def _check_keys(given: Mapping[str, Any], q: Array, gates: Array) -> None:
+    """Check that all are arrays, and that the branches' keys and values are alike."""
+    if gates is None:
+        raise DtypeError("gates must be an array; got None")
+    arrays.namespace(q, gates, *(given[name] for name in _PAIRED))
+    for name, like in _PAIRED.items():
+        x = given[name]
+        if x is not None and tuple(x.shape[-3:]) != tuple(given[like].shape[-3:]):
+            raise ShapeError(f"{name} must have the heads, tokens and width of {like}; got "
+                             f"{name} {tuple(x.shape)}, {like} {tuple(given[like].shape)}")
+
+
+_PAIRED = {"k": "k", "v": "v", "k_compressed": "k", "v_compressed": "v", "k_window": "k",
+           "v_window": "v"}
+"""Keys and values, and those they are like."""
 
 
 def _check_gates(gates: Array, out: Array) -> None:
