@@ -191,7 +191,7 @@ def test_show_draws_who_attends_to_whom_by_content(name, options, capsys):
     ("mode=lsh", "window=3", "segment=16", "num_selected=4", "rng=0", "num_clusters=2")])
 def test_show_draws_the_branches_of_nsa(options, capsys):
     drawn, text = drawn_for(capsys, "nsa", *options)
-    q, k, v, _ = content.example("nsa_attention", 64, 64, 4)
+    q, k = content.example("nsa_attention", 64, 64, 4)[:2]
     given = catalogue.completed("nsa_attention", catalogue.parse_options(list(options)), 64)
     eye = np.broadcast_to(np.eye(64, dtype=np.float32), (4, 64, 64))
     near = pyattn.nsa_attention(q, k, eye, np.array([0.0, 1, 1]), **given)[0]

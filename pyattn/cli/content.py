@@ -85,7 +85,7 @@ def pattern(name: str, arguments: tuple[Any, ...],
         sums = saved.branches[0].saved.attended.k.shape[-2]
         drawn = [masks.dense(_branches(saved, h)) for h in heads]
         told += f", and after them {sums} keys that each sum up several"
-        return masks.per_head(drawn), len(columns) + sums, told
+        return masks.per_head(tuple(drawn)), len(columns) + sums, told
     else:
         if name == "bp_attention":
             told, columns = "spans of tokens, each drawn at its first", _first_tokens(len(columns))
@@ -93,7 +93,7 @@ def pattern(name: str, arguments: tuple[Any, ...],
             told = "a ring, and as many edges drawn at random"
         edges = saved.attended.edges
         drawn = [masks.graph(_listed(edges, own, columns)) for own in edges.owner[0]]
-    return masks.per_head(drawn), int(columns.max(initial=-1)) + 1, told
+    return masks.per_head(tuple(drawn)), int(columns.max(initial=-1)) + 1, told
 
 
 def _listed(edges: Any, own: int, columns: np.ndarray) -> Any:

@@ -16,9 +16,9 @@ def add(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "warmup", help="compile the usual kernels into the cache",
-        description="Run attention forward and backward on tiny arrays, dense and by content, so "
-                    "that Numba compiles the CPU kernels and they are kept on disk; later processes "
-                    "load them. PYATTN_CACHE_DIR says where; `pyattn info` shows it.")
+        description="Run attention forward and backward on tiny arrays, dense and by content, "
+                    "so that Numba compiles the CPU kernels and they are kept on disk; later "
+                    "processes load them. PYATTN_CACHE_DIR says where; `pyattn info` shows it.")
     parser.add_argument("--dtype", action="append", choices=DTYPES,
                         help="only for this dtype (may be given again); default: all")
     parser.add_argument("--tune", action="store_true",

@@ -145,7 +145,8 @@ def branches(q: Array, far: tuple[Array, Array], listed: tuple[Array, Array],
              weights: tuple[Mapping[str, Array] | None, Mapping[str, Array] | None], *,
              compression: str, activation: str, block_size: int, stride: int, select_block: int,
              num_selected: int, num_initial: int, num_local: int,
-             decisions: Mapping[str, Any] | None, **shared: Any) -> tuple[tuple[Any, CompressedSaved], tuple[Any, SelectedSaved]]:
+             decisions: Mapping[str, Any] | None,
+             **shared: Any) -> tuple[tuple[Any, CompressedSaved], tuple[Any, SelectedSaved]]:
     """Return both branches, each as ``((out, lse), saved)``, of keys and values of their own."""
     # beyond the tokens, sizes make no difference, but they may be too large to compute with
     beyond = listed[0].shape[-2] + 1

@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from .emit import I64, Vectors
 from .layout import SIZES, each_kind, load_as
-from .products import prefetch, _sum_each
+from .products import _sum_each, prefetch
 
 I32 = ir.IntType(32)
 AHEAD = 16
