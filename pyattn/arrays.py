@@ -81,6 +81,8 @@ def require_same_device(named: dict[str, Array]) -> None:
 
 def require_float(name: str, x: Array) -> str:
     """The dtype name of `x`, or DtypeError if it is not one of FLOATS."""
+    if not hasattr(x, "dtype"):
+        raise DtypeError(f"{name} must be an array; got {type(x).__module__}.{type(x).__name__}")
     found = dtype_name(x)
     if found not in FLOATS:
         raise DtypeError(f"{name} must be one of {', '.join(FLOATS)}; got {found}")

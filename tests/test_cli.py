@@ -16,7 +16,7 @@ import pyattn
 from pyattn import cli
 from pyattn.checks import OptionError, ShapeError
 from pyattn.cli import bench as bench_command
-from pyattn.cli import catalogue, info
+from pyattn.cli import catalogue, content, info
 from pyattn.cli import progress as progress_module
 from pyattn.cli.progress import progress
 
@@ -120,7 +120,7 @@ def test_show_config_refuses_another_mode():
 
 def test_warmup_compiles(capsys):
     assert cli.main(["warmup", "--dtype", "float32"]) == 0
-    assert capsys.readouterr().out.startswith("3 calls in ")
+    assert capsys.readouterr().out.startswith("6 calls in ")
 
 
 def picture(text):
@@ -140,7 +140,8 @@ def test_show_draws_what_a_variant_computes(capsys):
     assert picture(text) == ["██···█", "██···█", "··███·", "··███·"]
 
 
-@pytest.mark.parametrize("name", sorted([*catalogue.EXAMPLES, *catalogue.GRIDS]))
+@pytest.mark.parametrize("name", sorted(
+    {*catalogue.EXAMPLES, *catalogue.GRIDS}.difference(content.NAMES)))
 def test_show_draws_each_variant(name, capsys):
     short = name.replace("_attention", "")
     assert cli.main(["show", short, "--n", "64"]) == 0
@@ -157,6 +158,81 @@ def test_show_draws_each_variant(name, capsys):
     assert np.array_equal(drawn, out != 0)
 
 
+def drawn_for(capsys, name, *options):
+    assert cli.main(["show", name, "--n", "64", *(
+        part for option in options for part in ("--option", option))]) == 0
+    text = capsys.readouterr().out
+    return np.array([[cell == "█" for cell in line] for line in picture(text)]), text
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("lsh", ()), ("lsh", ("causal=True", "num_rounds=1", "rng=3", "num_buckets=4")),
+    ("routing", ()), ("routing", ("causal=True", "cluster_size=3")),
+    ("routing", ("causal=True", "cluster_size=9", "mode=top")),
+    ("top_k", ()), ("top_k", ("top=3", "causal=True")), ("graph", ()),
+    ("graph", ("self_loops=False",))])
+def test_show_draws_who_attends_to_whom_by_content(name, options, capsys):
+    drawn, text = drawn_for(capsys, name, *options)
+    full = catalogue.full_name(name)
+    arguments = list(content.example(full, 64, 64, 4))
+    # with values one-hot, the output tells who sees whom
+    place = 1 if name == "lsh" else 2
+    arguments[place] = np.broadcast_to(np.eye(64, dtype=np.float32), (4, 64, 64))
+    given = catalogue.completed(full, catalogue.parse_options(list(options)), 64)
+    out = getattr(pyattn, full)(*arguments, **given)
+    assert np.array_equal(drawn, out[0] != 0)
+    assert f"pairs  {np.count_nonzero(out):,} of" in text
+
+
+@pytest.mark.parametrize("options", [
+    (), ("causal=False", "window=3", "block_size=8", "stride=4", "select_block=4"),
+    ("mode=kmeans", "window=3", "segment=16", "num_selected=4"),
+    ("mode=kmeans", "window=3", "causal=False", "num_selected=4", "representative=medoid"),
+    ("mode=lsh", "window=3", "segment=16", "num_selected=4", "rng=0", "num_clusters=2")])
+def test_show_draws_the_branches_of_nsa(options, capsys):
+    drawn, text = drawn_for(capsys, "nsa", *options)
+    q, k = content.example("nsa_attention", 64, 64, 4)[:2]
+    given = catalogue.completed("nsa_attention", catalogue.parse_options(list(options)), 64)
+    eye = np.broadcast_to(np.eye(64, dtype=np.float32), (4, 64, 64))
+    near = pyattn.nsa_attention(q, k, eye, np.array([0.0, 1, 1]), **given)[0]
+    far, saved = pyattn.nsa_attention.forward(q, k, eye, np.array([1.0, 0, 0]), **given)
+    assert np.array_equal(drawn[:, :64], near != 0)
+    # each key that sums up others has the mean of their values
+    values = saved.branches[0].saved.attended.v[0]
+    assert f"after them {len(values)} keys" in text
+    assert drawn.shape == (64, 64 + len(values))
+    assert np.array_equal(drawn[:, 64:] @ (values != 0), far[0] != 0)
+    assert drawn[:, 64:].any()
+
+
+@pytest.mark.parametrize("options", [(), ("step=1", "causal=True"), ("step=64",)])
+def test_show_draws_spans_at_their_first_tokens(options, capsys):
+    drawn, _ = drawn_for(capsys, "bp", *options)
+    given = catalogue.completed("bp_attention", catalogue.parse_options(list(options)), 64)
+    zeros, eye = np.zeros((1, 64, 4)), np.eye(64)[None]
+    out = pyattn.bp_attention(zeros, zeros, eye, log_size=False, **given)[0]
+    # all spans weigh alike, and a token has its share of one
+    for i, line in enumerate(drawn):
+        first = np.flatnonzero(line)
+        size = np.diff(np.append(first, i + 1 if "causal=True" in options else 64))
+        np.testing.assert_allclose(out[i, :size.sum()], np.repeat(1 / (len(first) * size), size))
+        assert not out[i, size.sum():].any()
+
+
+def test_show_draws_the_graph_of_gat(capsys):
+    drawn, text = drawn_for(capsys, "gat")
+    graph = content.example("gat_attention", 64, 64, 4)[-1]
+    assert np.array_equal(drawn, (graph.toarray() != 0) | np.eye(64, dtype=bool))
+    assert text.startswith("gat_attention(h, a_query, a_key, graph)")
+
+
+@pytest.mark.parametrize("name", content.NAMES)
+@pytest.mark.parametrize("n", ["0", "1", "130"])
+def test_show_draws_variants_by_content_at_any_length(name, n, capsys):
+    assert cli.main(["show", name, "--n", n, "--heads", "2"]) == 0
+    assert f"{int(n):,} queries" in capsys.readouterr().out
+
+
 def test_show_counts_the_tiles_that_a_variant_executes(capsys):
     assert cli.main(["show", "sliding_window", "--n", "1024", "--heads", "2", "--option",
                      "window=0"]) == 0
@@ -168,6 +244,10 @@ def test_show_counts_the_tiles_that_a_variant_executes(capsys):
     (["swin", "--option", "shape=8", "--option", "window=4"], "it needs arrays, bias_table"),
     (["cross_modal"], "cross_modal_attention needs --option modality_lengths=..."),
     (["longformer", "--option", "windw=3"], "--option of longformer_attention must be one of"),
+    (["lsh", "--n", "64", "--m", "65"], "--m must be left out for lsh_attention"),
+    (["top_k", "--option", "tpo=3"], "--option of top_k_attention must be one of top"),
+    (["top_k", "--heads", "0"], "--heads must be at least 1; got 0"),
+    (["nsa", "--n", "-1"], "--n must be at least 0; got -1"),
     (["causal", "--option", "window=3"], "--option is for variants; 'causal' is none"),
     (["longformer", "--heads", "0"], "--heads must be at least 1; got 0"),
     (["longformer", "--n", "-1"], "--n must be at least 0; got -1"),

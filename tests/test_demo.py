@@ -11,7 +11,7 @@ import pytest
 
 from pyattn import cli, layers
 from pyattn.checks import OptionError
-from pyattn.cli import catalogue, demo
+from pyattn.cli import catalogue, demo, trained
 
 SMALL = functools.partial(demo.Model, width=16, num_heads=2, depth=1, context=16)
 
@@ -145,6 +145,68 @@ def test_every_variant_of_sequences_can_be_trained(small, texts, tmp_path, capsy
         assert (before[place] != after[place]).any()
 
 
+@pytest.mark.parametrize(("name", "options", "extra"), [
+    ("nsa_attention", {}, {"w_q", "w_kv", "w_o", "w_gate", "b_gate"}),
+    ("nsa_attention", {"compression": "conv", "block_size": 4, "stride": 2},
+     {"k_kernel", "v_pe", "w_gate"}),
+    ("nsa_attention", {"mode": "kmeans", "window": 3, "segment": 4}, {"w_gate"}),
+    ("nsa_attention", {"mode": "lsh", "window": 3, "segment": 4, "rng": 0}, {"w_gate"}),
+    ("routing_attention", {"cluster_size": 3}, {"centroids", "w_qkv", "b_o"})])
+def test_layers_are_trained_saved_and_loaded(texts, tmp_path, name, options, extra):
+    text, training, held_out = texts
+    model = model_of(text, attention=name, options=options)
+    data = model.encode(training), model.encode(held_out[:200])
+    params, _ = demo.train(model, *data, steps=3, seed=0, batch=2)
+    fresh = model.parameters(np.random.default_rng(0))
+    own = params["blocks"][0]["attention"]
+    assert extra <= own.keys()
+    for key, w in own.items():
+        assert (w != fresh["blocks"][0]["attention"][key]).any(), key
+    path = tmp_path / "weights.safetensors"
+    demo.save(path, model, params)
+    loaded, same = demo.load(path)
+    assert same["blocks"][0]["attention"].keys() == own.keys()
+    tokens = data[0][:16]
+    found, wanted = (layers.language_model(tokens, weights, **which.arguments)
+                     for which, weights in ((loaded, same), (model, params)))
+    assert np.array_equal(found, wanted)
+    ablated = dataclasses.replace(model, ablate=True)
+    assert "attention" not in ablated.parameters(np.random.default_rng(0))["blocks"][0]
+
+
+def test_centroids_follow_the_tokens_of_their_clusters(texts):
+    text, training, _ = texts
+    model = model_of(text, attention="routing_attention", options={"cluster_size": 3})
+    params = model.parameters(np.random.default_rng(0))
+    _, saved = layers.language_model.forward(model.encode(training[:16]), params,
+                                             **model.arguments)
+    before = params["blocks"][0]["attention"]["centroids"].copy()
+    after = trained.moved_centroids(params["blocks"], saved.blocks)[0]["attention"]["centroids"]
+    assert np.array_equal(params["blocks"][0]["attention"]["centroids"], before)
+    record = saved.blocks.blocks[0].attended.heads.heads.attended
+    for head in range(2):
+        x = np.concatenate([side.x[head] for side in (record.normal_q, record.normal_k)])
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        own = np.concatenate([record.clusters[head], record.key_clusters[head]])
+        for cluster, (old, new) in enumerate(zip(before[head], after[head], strict=True)):
+            total = x[own == cluster].sum(0)
+            want = old if not (own == cluster).any() else (
+                0.9 * old + 0.1 * total / np.linalg.norm(total))
+            np.testing.assert_allclose(new, want, atol=1e-5)
+    grads = saved.backward(np.ones((16, len(model.alphabet)), np.float32)).params
+    assert not grads["blocks"][0]["attention"]["centroids"].any()
+
+
+def test_a_longer_context_has_fewer_texts_to_a_step(small, texts, tmp_path, capsys):
+    assert demo.Model("ab").batch == 128
+    assert dataclasses.replace(demo.Model("ab"), context=1024).batch == 2
+    assert dataclasses.replace(demo.Model("ab"), context=4096).batch == 1
+    assert cli.main(["demo", "--attention", "nsa", "--context", "100", "--steps", "1", "--out",
+                     str(tmp_path)]) == 0
+    assert "context 100" in capsys.readouterr().out
+    assert demo.load(tmp_path / "weights.safetensors")[0].context == 100
+
+
 def test_a_short_name_and_some_options_are_enough(small, tmp_path, capsys):
     assert cli.main(["demo", "--attention", "longformer", "--steps", "1", "--out", str(tmp_path),
                      "--option", "window=3"]) == 0
@@ -180,6 +242,13 @@ def test_only_a_full_run_above_the_bigram_entropy_fails(small, tmp_path, monkeyp
     (["--option", "window=-1"], "window must be at least 0; got -1"),
     (["--steps", "0"], "must be positive"),
     (["--seconds", "nan"], "must be positive"),
+    (["--context", "0"], "--context must be at least 1; got 0"),
+    (["--context", "1000"], "--context must be less than the 1,000 characters held out"),
+    (["--attention", "lsh", "--option", "reference=True"], "got 'reference'"),
+    (["--attention", "routing", "--option", "mode=top"], "got 'mode'"),
+    (["--attention", "nsa", "--option", "mode=kmeans", "--option", "stride=3"],
+     "stride must be left out: it is of mode 'paper', not 'kmeans'"),
+    (["--attention", "gat"], "which can be causal; got 'gat_attention'"),
     (["--seed", "-1"], "--seed not negative; got 400, inf and -1"),
     (["--load", "missing.safetensors"], "missing.safetensors"),
 ])

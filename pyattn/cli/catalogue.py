@@ -16,13 +16,19 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "bigbird_attention": {"block_size": 8, "num_random": 1, "rng": 0},
     "block_diagonal_attention": {"block_size": 16},
     "blockbert_attention": {"num_blocks": 2},
+    "bp_attention": {"step": 4},
     "coarse_fine_attention": {"block_size": 8},
     "global_local_attention": {"window": 16, "first": 1},
     "local_attention_2d": {"shape": [1024, 16], "window": 2},
     "longformer_attention": {"window": 16, "global_index": [0]},
+    "lsh_attention": {"num_rounds": 2, "bucket_length": 8, "num_buckets": 8, "rng": 0},
+    "nsa_attention": {"window": 15, "block_size": 8, "stride": 4, "select_block": 8,
+                      "num_selected": 4},
     "random_attention": {"num_random": 2, "block_size": 8, "rng": 0},
+    "routing_attention": {"cluster_size": 16},
     "sliding_window_attention": {"window": 16},
     "sparse_transformer_attention": {"stride": 8},
+    "top_k_attention": {"top": 8},
 }
 """Small options for variants of one sequence of any length."""
 

@@ -22,18 +22,29 @@ from typing import Any
 import numpy as np
 
 from .. import VARIANTS, layers
-from ..checks import OptionError
+from ..checks import OptionError, require_integer
 from ..differentiable import Saved, differentiable, gradients
 from .catalogue import EXAMPLES, completed, full_name, parameters, parse_options, require_options
 from .progress import progress
+from .trained import FUNCTIONS, LAYERS, init_layer, moved_centroids
 
 BLOCK = tuple(layers.init_transformer_block(0, 1))
+BLOCK_WITH_LAYER = tuple(layers.init_transformer_block(0, 1, attention={}))
 LANGUAGE_MODEL = tuple(name for name in layers.init_language_model(
     0, vocabulary=1, width=1, depth=1) if name != "blocks")
 
 STEPS = 400
+CONTEXT = 128
+"""Characters of a text, unless said otherwise."""
+
+TOKENS = 2048
+"""Characters of a step, all its texts together."""
+
 SAMPLE = 400
 """Characters of a sample; of the one before training, a quarter."""
+
+WITHHELD = ("causal", "reference", "decisions", "return_lse", "return_weights")
+"""Options that the demo does not take; some originals are causal in a way that lets texts leak."""
 
 EVALUATIONS = 8
 """How many times the held-out loss is taken on the way, for the curve."""
@@ -50,12 +61,25 @@ class Model:
     width: int = 128
     num_heads: int = 4
     depth: int = 3
-    context: int = 128
+    context: int = CONTEXT
 
     def parameters(self, rng: np.random.Generator) -> dict[str, Any]:
         """Fresh weights."""
+        sizes = {"num_heads": self.num_heads, "depth": self.depth}
+        attention = functools.partial(
+            init_layer, self.attention, width=self.width, options=self.options, **sizes)
         return layers.init_language_model(rng, vocabulary=len(self.alphabet), width=self.width,
-                                          depth=self.depth, num_heads=self.num_heads)
+                                          attention=attention if self.has_layer else None, **sizes)
+
+    @property
+    def has_layer(self) -> bool:
+        """Whether attention has parameters of its own."""
+        return self.attention in LAYERS and not self.ablate
+
+    @property
+    def batch(self) -> int:
+        """Texts of a step."""
+        return max(1, TOKENS // self.context)
 
     def encode(self, text: str) -> np.ndarray:
         """Each character's number."""
@@ -102,8 +126,10 @@ def attention_function(name: str, options: dict[str, Any]) -> Any:
     if name not in causal:
         raise OptionError(f"--attention must be one of {', '.join(causal)}, which can be causal; "
                           f"got {name!r}")
-    require_options(name, options, withheld=("causal",))
-    return getattr(pyattn, name)
+    # the tokens that a cluster takes depend on later ones
+    leaks = ("mode",) if name == "routing_attention" else ()
+    require_options(name, options, withheld=WITHHELD + leaks)
+    return LAYERS.get(name) or FUNCTIONS.get(name) or getattr(pyattn, name)
 
 
 def read_text() -> tuple[str, str, str]:
@@ -148,14 +174,14 @@ def held_out_loss(model: Model, params: dict[str, Any], text: np.ndarray, batch:
 
 
 def train(model: Model, training: np.ndarray, held_out: np.ndarray, *, steps: int, seed: int,
-          seconds: float = math.inf, batch: int = 16, learning_rate: float = 2e-3,
+          seconds: float = math.inf, batch: int | None = None, learning_rate: float = 2e-3,
           ) -> tuple[dict[str, Any], list[tuple[int, float, float | None]]]:
     """Train from scratch; the weights, and (step, loss, held-out loss where taken) of each step.
 
     Adam with 50 steps of warm-up and a cosine to a twentieth of the rate, gradients clipped to
     norm 1. Up to `seconds`, the seed decides everything.
     """
-    rng = np.random.default_rng(seed)
+    rng, batch = np.random.default_rng(seed), batch or model.batch
     params, state = model.parameters(rng), None
     curve: list[tuple[int, float, float | None]] = []
     places = np.arange(model.context + 1)
@@ -173,6 +199,8 @@ def train(model: Model, training: np.ndarray, held_out: np.ndarray, *, steps: in
                 * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
             params, state = layers.adam(params, grads, state, learning_rate=rate,
                                         betas=(0.9, 0.98))
+            if model.has_layer and model.attention == "routing_attention":
+                params["blocks"] = moved_centroids(params["blocks"], saved.blocks)
             elapsed = time.monotonic() - began
             done = step + 1 == steps or elapsed >= seconds
             due = done or (step + 1) % max(1, steps // EVALUATIONS) == 0
@@ -203,7 +231,9 @@ def save(path: Path, model: Model, params: dict[str, Any]) -> None:
 
     flat = {name: value for name, value in params.items() if name != "blocks"}
     for i, block in enumerate(params["blocks"]):
-        flat |= {f"blocks.{i}.{name}": value for name, value in block.items()}
+        own = {f"attention.{name}": value for name, value in block.get("attention", {}).items()}
+        flat |= {f"blocks.{i}.{name}": value for name, value in (block | own).items()
+                 if name != "attention"}
     save_file(flat, path, metadata={"pyattn.demo": json.dumps(dataclasses.asdict(model))})
 
 
@@ -221,8 +251,7 @@ def load(path: Path) -> tuple[Model, dict[str, Any]]:
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"its sizes must be positive integers; got {sizes}")
         params: dict[str, Any] = {name: flat[name] for name in LANGUAGE_MODEL}
-        params["blocks"] = [{name: flat[f"blocks.{i}.{name}"] for name in BLOCK}
-                            for i in range(model.depth)]
+        params["blocks"] = [_block(flat, f"blocks.{i}.", model) for i in range(model.depth)]
         if params["embedding"].shape != (len(model.alphabet), model.width):
             raise ValueError(f"embedding must be {len(model.alphabet)} x {model.width}; "
                              f"got {params['embedding'].shape}")
@@ -230,6 +259,16 @@ def load(path: Path) -> tuple[Model, dict[str, Any]]:
         raise OptionError(f"{path} does not hold weights that the demo has saved: "
                           f"{type(error).__name__}: {error}") from None
     return model, params
+
+
+def _block(flat: dict[str, Any], prefix: str, model: Model) -> dict[str, Any]:
+    """The parameters of a block, whose names start with `prefix` in the file."""
+    if not model.has_layer:
+        return {name: flat[prefix + name] for name in BLOCK}
+    block = {name: flat[prefix + name] for name in BLOCK_WITH_LAYER if name != "attention"}
+    own = f"{prefix}attention."
+    return block | {"attention": {name.removeprefix(own): value for name, value in flat.items()
+                                  if name.startswith(own)}}
 
 
 def draw_curve(directory: Path, curve: list[tuple[int, float, float | None]], bigram: float,
@@ -273,6 +312,9 @@ def add(subparsers: Any) -> None:
                              "needs has small defaults")
     parser.add_argument("--ablate", action="store_true",
                         help="zero the attention's output: the same model without it")
+    parser.add_argument("--context", type=int, metavar="N",
+                        help=f"characters that a text has (default: {CONTEXT}); a step "
+                             f"takes some {TOKENS:,} characters however long a text is")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
@@ -297,7 +339,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     name, options = full_name(args.attention), parse_options(args.option)
     attention_function(name, options)
-    model = Model("".join(sorted(set(text))), name, completed(name, options), args.ablate)
+    sizes = {} if args.context is None else {
+        "context": require_integer("--context", args.context, minimum=1)}
+    model = Model("".join(sorted(set(text))), name, completed(name, options), args.ablate, **sizes)
+    if model.context >= min(len(training), len(held_out)):
+        raise OptionError(f"--context must be less than the {len(held_out):,} characters held out; "
+                          f"got {model.context}")
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"text: {len(text):,} characters, {len(model.alphabet)} distinct: "
           f"ln({len(model.alphabet)}) = {math.log(len(model.alphabet)):.2f}, unigram entropy "

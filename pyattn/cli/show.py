@@ -13,11 +13,14 @@ import numpy as np
 
 from .. import VARIANTS, masks
 from ..checks import BackendError, OptionError, require_integer
+from . import content
 from .catalogue import completed, full_name, parse_options, require_options
 
 CONSTRUCTORS = ("block_lists", "blocks", "causal", "dense", "fixed", "full", "global_tokens",
                 "lengths", "packed", "per_head", "random_blocks", "segments", "strided", "window",
                 "window_2d")
+
+WITHHELD = ("return_lse", "return_weights", "decisions")
 
 
 def add(subparsers: Any) -> None:
@@ -31,7 +34,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "mask", help="a name, such as causal, or an expression of masks with & | ~, such as "
                      '"causal() & (window(64, 0) | global_tokens([0]))"; there are '
-                     + ", ".join(CONSTRUCTORS) + "; or a variant with a pattern, such as bigbird")
+                     + ", ".join(CONSTRUCTORS) + "; or a variant, such as bigbird; where contents "
+                          "decide, those of random tokens")
     parser.add_argument("--n", type=int, default=512, metavar="N", help="queries (512)")
     parser.add_argument("--m", type=int, metavar="M", help="keys (as many as queries)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
@@ -46,14 +50,23 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print counts and picture; write the picture if asked."""
+    import pyattn
+
     n, m = args.n, args.n if args.m is None else args.m
     name = full_name(args.mask.strip())
-    executed = None
+    executed, told = None, ""
     if name in VARIANTS:
         options = completed(name, parse_options(args.option), n)
-        mask, n, m, executed = pattern(name, n, m, args.heads, options)
+        if name in content.NAMES:
+            require_options(name, options, withheld=WITHHELD)
+            heads = require_integer("--heads", args.heads, minimum=1)
+            mask, m, told = content.pattern(name, content.example(name, n, m, heads), options)
+        else:
+            mask, n, m, executed = pattern(name, n, m, args.heads, options)
+        arrays = [p.name for p in inspect.signature(getattr(pyattn, name)).parameters.values()
+                  if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
         given = "".join(f", {key}={value!r}" for key, value in options.items())
-        print(f"{name}(q, k, v{given})")
+        print(f"{name}({', '.join(arrays)}{given})")
     elif args.option:
         raise OptionError(f"--option is for variants; {args.mask!r} is none")
     else:
@@ -62,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     tiles, pairs = blocks.tiles, blocks.count().pairs
     copies = math.prod(blocks.layout.shape)
     share = f" ({pairs / (n * m * copies):.2%})" if n * m * copies else ""
-    print(f"{mask!r}, {n:,} queries, {m:,} keys"
+    print(f"{told or repr(mask)}, {n:,} queries, {m:,} keys"
           + (f", leading axes {mask.lead}, the first drawn" if mask.lead else ""))
     print(f"tiles  {tiles.full:,} full, {tiles.partial:,} partial, {tiles.empty:,} empty")
     if executed is not None:
@@ -96,7 +109,7 @@ def pattern(name: str, n: int, m: int, heads: int, options: dict[str, Any]) -> t
     """
     import pyattn
 
-    require_options(name, options, withheld=("return_lse", "return_weights"))
+    require_options(name, options, withheld=WITHHELD)
     heads = require_integer("--heads", heads, minimum=1)
     q, k = (np.zeros((heads, require_integer(side, count, minimum=0), 1), np.float32)
             for side, count in (("--n", n), ("--m", m)))

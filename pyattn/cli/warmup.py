@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -14,9 +16,9 @@ def add(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "warmup", help="compile the usual kernels into the cache",
-        description="Run attention forward and backward on tiny arrays, so that Numba compiles the "
-                    "CPU kernels and they are kept on disk; later processes load them. "
-                    "PYATTN_CACHE_DIR says where; `pyattn info` shows it.")
+        description="Run attention forward and backward on tiny arrays, dense and by content, "
+                    "so that Numba compiles the CPU kernels and they are kept on disk; later "
+                    "processes load them. PYATTN_CACHE_DIR says where; `pyattn info` shows it.")
     parser.add_argument("--dtype", action="append", choices=DTYPES,
                         help="only for this dtype (may be given again); default: all")
     parser.add_argument("--tune", action="store_true",
@@ -29,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     from .progress import progress
 
     began = time.perf_counter()
-    jobs = list(itertools.product(args.dtype or DTYPES, _OPTIONS))
+    jobs = list(itertools.product(args.dtype or DTYPES, _CALLS))
     with progress("compiling", total=len(jobs)) as bar:
         for dtype, name in jobs:
-            _compile(dtype, _OPTIONS[name]())
+            _CALLS[name](dtype)
             bar.advance(text=f"{dtype} {name}")
     print(f"{len(jobs)} calls in {time.perf_counter() - began:.1f} s")
     if args.tune:
@@ -67,19 +69,43 @@ def _terms() -> dict[str, Any]:
             "alibi_slopes": np.ones(2, np.float32), "dropout": 0.1, "rng": 0}
 
 
-_OPTIONS: dict[str, Any] = {
-    "plain": dict,
-    "causal": lambda: {"causal": True},
-    "terms": _terms,
-}
-
-
-def _compile(dtype: str, options: dict[str, Any]) -> None:
+def _ones(dtype: str, tokens: int) -> Any:
     import ml_dtypes  # noqa: F401, gives NumPy the name bfloat16
     import numpy as np
 
+    return np.ones((1, 2, tokens, 64), np.dtype(dtype))
+
+
+def _attend(dtype: str, options: Any) -> None:
     import pyattn
 
-    x = np.ones((1, 2, 70, 64), np.dtype(dtype))
-    out, saved = pyattn.attention.forward(x, x, x, **options)
+    x = _ones(dtype, 70)
+    out, saved = pyattn.attention.forward(x, x, x, **options())
     saved.backward(out)
+
+
+def _nsa(dtype: str, **options: Any) -> None:
+    import pyattn
+
+    x = _ones(dtype, 200)
+    out, saved = pyattn.nsa_attention.forward(x, x, x, x[..., :3], window=31, **options)
+    saved.backward(out)
+
+
+def _top_k(dtype: str) -> None:
+    import pyattn
+
+    x = _ones(dtype, 70)
+    out, saved = pyattn.top_k_attention.forward(x, x, x, top=8)
+    saved.backward(out)
+
+
+_CALLS: dict[str, Callable[[str], None]] = {
+    "plain": lambda dtype: _attend(dtype, dict),
+    "causal": lambda dtype: _attend(dtype, lambda: {"causal": True}),
+    "terms": lambda dtype: _attend(dtype, _terms),
+    "blocks listed": functools.partial(_nsa, num_selected=4),
+    "clusters": functools.partial(_nsa, mode="kmeans", tree=True, num_selected=8),
+    "keys listed": _top_k,
+}
+"""Each brings kernels that those before it have not."""

@@ -35,9 +35,12 @@ from ..checks import (
     require_integer,
     require_real,
 )
-from ..differentiable import Saved, gradients
+from ..differentiable import ON_HOST, Saved, gradients
 from .placement import Placement, place
 from .softmax import flat, per_head, require_cotangents, require_operands, unbroadcast
+
+TILE = 64
+"""Keys of a block that every backend takes."""
 
 FEW = 2**15
 """Numbers below this are sorted fastest, as 16 bits."""
@@ -142,7 +145,7 @@ class Call(Saved):
     q: Array
     k: Array
     v: Array
-    blocks: np.ndarray
+    blocks: np.ndarray = dataclasses.field(metadata=ON_HOST)
     """int32 (B, G, N, count)."""
     block_size: int
     causal: bool
@@ -267,7 +270,8 @@ def forward(q: Array, k: Array, v: Array, blocks: Any, *, block_size: int,
     batch = require_operands(q, k, v)
     arrays.require_same_device({"q": q, "k": k, "v": v})
     (heads, n), (groups, m) = q.shape[-3:-1], k.shape[-3:-1]
-    block_size = require_integer("block_size", block_size, minimum=1)
+    # a larger block holds no more than all
+    block_size = min(require_integer("block_size", block_size, minimum=1), max(TILE, m))
     causal = require_choice("causal", causal, (False, True, "top_left"))
     scale = q.shape[-1] ** -0.5 if scale is None else require_real("scale", scale)
     if softcap is not None and require_real("softcap", softcap) <= 0:
@@ -302,8 +306,7 @@ def _check_blocks(blocks: Any, lead: tuple[int, ...], total: int) -> np.ndarray:
 
 
 def _lists(call: Call) -> Lists:
-    # a record may have been moved to another library with all its arrays
-    return Lists.of(arrays.to_host(call.blocks), call.block_size, call.k.shape[-2], call.placement,
+    return Lists.of(call.blocks, call.block_size, call.k.shape[-2], call.placement,
                     causal=call.causal)
 
 

@@ -1,4 +1,9 @@
-"""What comes before an engine: positions, feature maps, pooling, hashing."""
+"""What comes before an engine: positions, norms, and what content decides.
+
+`lsh_hash`, `kmeans` and `important_blocks` make decisions, integers on the host that are constants
+of every backward. The others are operations with a backward, but for `update_centroids`, which
+moves a state from one step of training to the next.
+"""
 
 from .clustering import commitment_loss, kmeans, segment_means, update_centroids
 from .compression import compress

@@ -24,7 +24,7 @@ from ..checks import (
     require_integer,
     require_real,
 )
-from ..differentiable import Saved, differentiable, gradients
+from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..masks.algebra import host_array
 from .precision import cast_like, require_same_shape, widened
 
@@ -418,9 +418,9 @@ class SegmentMeansSaved(Saved):
     """The argument of `segment_means`, for its shape and dtype, and who belongs where."""
 
     x: Array
-    assignment: np.ndarray
-    medoids: np.ndarray | None
-    counts: np.ndarray
+    assignment: np.ndarray = dataclasses.field(metadata=ON_HOST)
+    medoids: np.ndarray | None = dataclasses.field(metadata=ON_HOST)
+    counts: np.ndarray = dataclasses.field(metadata=ON_HOST)
 
     @property
     def decisions(self) -> dict[str, Array]:
@@ -650,7 +650,7 @@ class CommitmentLossSaved(Saved):
 
     x: Array
     centroids: Array
-    assignment: np.ndarray
+    assignment: np.ndarray = dataclasses.field(metadata=ON_HOST)
     beta: float
     codebook: float
 

@@ -244,6 +244,9 @@ def compress(x: Array, pe: Array | None = None, w1: Array | None = None, b1: Arr
     named = {"pe": pe, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "kernel": kernel}
     weights = {name: w for name, w in named.items() if w is not None}
     _check_weights(kind, weights, x, blocks.size)
+    # beyond the tokens, sizes make no difference
+    blocks = Blocks(blocks.size if weights else min(blocks.size, x.shape[-2] + 1),
+                    min(blocks.stride, x.shape[-2] + 1), x.shape[-2])
     lengths = _lengths(lengths, x)
     xp, wide, *given = widened(x=x, **weights)
     held = dict(zip(weights, given, strict=True))

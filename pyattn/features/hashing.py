@@ -15,6 +15,9 @@ from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_broadcast, require_integer
 from .clustering import Sets
 
+MOST_BUCKETS = 2**31
+"""Of a round: int32 numbers tell them."""
+
 
 def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, rng: Any = None,
              rotations: Array | None = None) -> np.ndarray:
@@ -114,5 +117,8 @@ def require_buckets(num_buckets: Any) -> tuple[int, ...]:
     factors = tuple(require_integer("num_buckets", factor, minimum=2) for factor in given)
     if not factors or any(factor % 2 for factor in factors):
         raise OptionError("num_buckets must be even, as each axis has two ends; got "
+                          f"{num_buckets!r}")
+    if math.prod(factors) > MOST_BUCKETS:
+        raise OptionError(f"num_buckets must be {MOST_BUCKETS} at most, all factors together; got "
                           f"{num_buckets!r}")
     return factors

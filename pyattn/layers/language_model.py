@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ WEIGHTS = ("embedding", "blocks", "norm_gamma", "norm_beta", "w_out", "b_out")
 
 
 def init_language_model(rng: Any, *, vocabulary: int, width: int, depth: int, num_heads: int = 1,
-                        positions: int = 0, dtype: Any = np.float32) -> dict[str, Any]:
+                        positions: int = 0,
+                        attention: Callable[[np.random.Generator], Mapping[str, Array]] | None
+                        = None, dtype: Any = np.float32) -> dict[str, Any]:
     """Fresh parameters for `language_model`, as NumPy arrays.
 
     Parameters
@@ -33,6 +35,9 @@ def init_language_model(rng: Any, *, vocabulary: int, width: int, depth: int, nu
         V, the width of the tokens, how many blocks, and heads of each.
     positions : int
         Rows of a table of learned positions; 0 for none (with rotary positions, say).
+    attention : function of a numpy.random.Generator, optional
+        Gives a block the parameters of its attention layer, as
+        ``lambda rng: init_nsa_layer(rng, width, num_heads=num_heads)`` does.
     dtype : dtype
         Of every array.
 
@@ -51,7 +56,8 @@ def init_language_model(rng: Any, *, vocabulary: int, width: int, depth: int, nu
     small = 0.1 / math.sqrt(width)
     params = {
         "embedding": rng.standard_normal((vocabulary, width)).astype(dtype),
-        "blocks": [init_transformer_block(rng, width, num_heads=num_heads, depth=depth, dtype=dtype)
+        "blocks": [init_transformer_block(rng, width, num_heads=num_heads, depth=depth, dtype=dtype,
+                                          attention=None if attention is None else attention(rng))
                    for _ in range(depth)],
         "norm_gamma": np.ones(width, dtype), "norm_beta": np.zeros(width, dtype),
         "w_out": (rng.standard_normal((width, vocabulary)) * small).astype(dtype),

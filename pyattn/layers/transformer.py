@@ -16,18 +16,22 @@ from .feed_forward import feed_forward
 from .multi_head import multi_head
 from .norm import layer_norm
 
-WEIGHTS = ("norm1_gamma", "norm1_beta", "w_qkv", "w_o", "norm2_gamma", "norm2_beta",
+PROJECTIONS = ("w_qkv", "w_o")
+"""Parameters in whose place a block may have those of a layer, as ``attention``."""
+
+WEIGHTS = ("norm1_gamma", "norm1_beta", *PROJECTIONS, "norm2_gamma", "norm2_beta",
            "w1", "b1", "w2", "b2")
-"""The parameters that every block has."""
+"""The parameters that every other block has."""
 
 BIASES = ("b_qkv", "b_o")
-"""The parameters that a block may have as well."""
+"""The parameters that a block with projections may have as well."""
 
 
 def init_transformer_block(rng: Any, width: int, *, num_heads: int = 1,
                            num_kv_heads: int | None = None, hidden: int | None = None,
                            biases: bool = True, depth: int = 1,
-                           dtype: Any = np.float32) -> dict[str, np.ndarray]:
+                           attention: Mapping[str, Array] | None = None,
+                           dtype: Any = np.float32) -> dict[str, Any]:
     """Fresh parameters for `transformer_block`, as NumPy arrays.
 
     Weights are normal with deviation ``1 / sqrt(rows)``; ``w_o`` and ``w2``, which write to the
@@ -48,6 +52,9 @@ def init_transformer_block(rng: Any, width: int, *, num_heads: int = 1,
         Whether to have ``b_qkv`` and ``b_o``.
     depth : int
         Blocks in the whole model.
+    attention : dict of arrays, optional
+        Parameters of an attention layer, such as `init_nsa_layer` makes; the block has them in
+        place of projections.
     dtype : dtype
         Of every array.
 
@@ -79,14 +86,18 @@ def init_transformer_block(rng: Any, width: int, *, num_heads: int = 1,
     def normal(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * (gain / math.sqrt(rows))).astype(dtype)
 
-    params = {
-        "norm1_gamma": np.ones(width, dtype), "norm1_beta": np.zeros(width, dtype),
-        "w_qkv": normal(width, packed), "w_o": normal(width, width, residual),
+    params: dict[str, Any] = {
+        "norm1_gamma": np.ones(width, dtype), "norm1_beta": np.zeros(width, dtype)}
+    if attention is None:
+        params |= {"w_qkv": normal(width, packed), "w_o": normal(width, width, residual)}
+    else:
+        params["attention"] = dict(attention)
+    params |= {
         "norm2_gamma": np.ones(width, dtype), "norm2_beta": np.zeros(width, dtype),
         "w1": normal(width, hidden), "b1": np.zeros(hidden, dtype),
         "w2": normal(hidden, width, residual), "b2": np.zeros(width, dtype),
     }
-    if biases:
+    if biases and attention is None:
         params |= {"b_qkv": np.zeros(packed, dtype), "b_o": np.zeros(width, dtype)}
     return params
 
@@ -129,11 +140,13 @@ class TransformerBlockSaved(Saved):
         options = attended._asdict()
         del options["x"]
         grads |= {name: options.pop(name) for name in (*WEIGHTS, *BIASES) if name in options}
+        if "params" in options:
+            grads["attention"] = options.pop("params")
         return gradients(("x", "params", *options))(dx, grads, *options.values())
 
 
 @differentiable
-def transformer_block(x: Array, params: Mapping[str, Array], *, num_heads: int,
+def transformer_block(x: Array, params: Mapping[str, Any], *, num_heads: int,
                       num_kv_heads: int | None = None, attention: Any = None, norm: str = "pre",
                       activation: str = "gelu", eps: float = 1e-5,
                       **options: Any) -> tuple[Array, TransformerBlockSaved]:
@@ -149,9 +162,13 @@ def transformer_block(x: Array, params: Mapping[str, Array], *, num_heads: int,
     params : dict of arrays
         ``norm1_gamma, norm1_beta, norm2_gamma, norm2_beta (C,)``, ``w_qkv (C, (H + 2 G) D)``,
         ``w_o (H D, C)``, ``w1 (C, F)``, ``b1 (F,)``, ``w2 (F, C)``, ``b2 (C,)``; if present also
-        ``b_qkv ((H + 2 G) D,)`` and ``b_o (C,)``. `init_transformer_block` makes one.
+        ``b_qkv ((H + 2 G) D,)`` and ``b_o (C,)``. In place of ``w_qkv``, ``w_o`` and their biases
+        there may be ``attention``, a dict: the parameters of a layer. `init_transformer_block`
+        makes one.
     num_heads, num_kv_heads, attention, **options
-        As for `multi_head`: any attention function with its options, rotary positions too.
+        As for `multi_head`: any attention function with its options, rotary positions too. Where
+        ``params["attention"]`` is given, a layer instead, such as `nsa_layer`, which is called as
+        ``attention(x, params["attention"], num_heads=..., num_kv_heads=..., **options)``.
     norm : {"pre", "post"}
         Normalise what each layer reads, or the sum that it has written.
     activation : {"gelu", "relu", "gelu_tanh", "silu"}
@@ -194,25 +211,40 @@ def transformer_block(x: Array, params: Mapping[str, Array], *, num_heads: int,
     ((2, 5, 8), True)
     """
     require_choice("norm", norm, ("pre", "post"))
-    missing = [name for name in WEIGHTS if name not in params]
-    unknown = [name for name in params if name not in WEIGHTS + BIASES]
+    layer = "attention" in params
+    needed = WEIGHTS if not layer else (
+        "attention", *(name for name in WEIGHTS if name not in PROJECTIONS))
+    missing = [name for name in needed if name not in params]
+    unknown = [name for name in params if name not in needed and (layer or name not in BIASES)]
     if missing or unknown:
-        raise OptionError(f"params must have {', '.join(WEIGHTS)} and may have "
-                          f"{', '.join(BIASES)}; missing {missing}, unknown {unknown}")
+        more = "" if layer else f" and may have {', '.join(BIASES)}"
+        raise OptionError(f"params must have {', '.join(needed)}{more}; missing {missing}, unknown "
+                          f"{unknown}")
+    if layer and not hasattr(attention, "forward"):
+        raise OptionError("attention must be a layer with .forward(x, params, num_heads=..., ...), "
+                          "such as pyattn.layers.nsa_layer, where params have attention; got "
+                          f"{attention!r}")
     scale1, scale2 = ((params[f"{name}_gamma"], params[f"{name}_beta"])
                       for name in ("norm1", "norm2"))
     feed = [params[name] for name in ("w1", "b1", "w2", "b2")]
-    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "attention": attention,
-             **{name: params[name] for name in BIASES if name in params}, **options}
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, **options}
+
+    def attend(x: Array) -> tuple[Array, Any]:
+        if layer:
+            return attention.forward(x, params["attention"], **heads)
+        biases = {name: params[name] for name in BIASES if name in params}
+        return multi_head.forward(x, params["w_qkv"], params["w_o"], **biases, **heads,
+                                  attention=attention)
+
     if norm == "pre":
         normal, norm1 = layer_norm.forward(x, *scale1, eps=eps)
-        found, attended = multi_head.forward(normal, params["w_qkv"], params["w_o"], **heads)
+        found, attended = attend(normal)
         middle = x + found
         normal, norm2 = layer_norm.forward(middle, *scale2, eps=eps)
         found, fed = feed_forward.forward(normal, *feed, activation=activation)
         y = middle + found
     else:
-        found, attended = multi_head.forward(x, params["w_qkv"], params["w_o"], **heads)
+        found, attended = attend(x)
         middle, norm1 = layer_norm.forward(x + found, *scale1, eps=eps)
         found, fed = feed_forward.forward(middle, *feed, activation=activation)
         y, norm2 = layer_norm.forward(middle + found, *scale2, eps=eps)

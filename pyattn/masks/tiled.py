@@ -241,7 +241,7 @@ class rounds(Mask):
         met = np.zeros((self.n, self.m), bool)
         for part in self.each:
             query, key = part.queries.index[index[0]], part.keys.index[index[0]]
-            slot, other = np.nonzero(part.mask.at(index).dense(len(query), len(key))[0, 0])
+            slot, other = np.nonzero(part.mask.at(index).dense(len(query), len(key)))
             met[query[slot], key[other]] = True
         return dense(met)
 

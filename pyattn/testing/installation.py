@@ -260,6 +260,22 @@ def _ring(n: int) -> Any:
     return scipy.sparse.diags_array(np.ones((4, n)), offsets=[-1, 1, 1 - n, n - 1], shape=(n, n))
 
 
+def _nsa(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    gates = 1 / (1 + np.exp(-draw(2, 4, 26, 3)))
+    return ((draw(2, 4, 26, 4), *(draw(2, 2, 26, 4) for _ in range(2)), gates,
+             *(draw(2, 2, 26, 4) for _ in range(4))), _FEW_BLOCKS)
+
+
+def _nsa_layer(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_nsa_layer(0, 8, num_heads=4, num_kv_heads=2, block_size=4,
+                                          compression="conv", dtype=np.float64)
+    return (draw(2, 26, 8), params), {"num_heads": 4, "num_kv_heads": 2, "compression": "conv",
+                                      **_FEW_BLOCKS}
+
+
+_FEW_BLOCKS = {"window": 3, "block_size": 4, "stride": 2, "select_block": 8, "num_selected": 3,
+               "num_local": 1}
+
 _VARIANTS: Calls = {
     "axial_attention": lambda draw: (
         tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
@@ -274,6 +290,13 @@ _VARIANTS: Calls = {
         {"edge_type": np.arange(24) % 3}),
     "longformer_attention": lambda draw: (
         tuple(draw(2, 2, 12, 4) for _ in range(6)), {"window": 2, "global_index": (0, 7)}),
+    "lsh_attention": lambda draw: (
+        (draw(2, 2, 13, 4), draw(2, 2, 13, 4)),
+        {"num_rounds": 2, "bucket_length": 3, "num_buckets": 4, "rng": 0, "causal": True}),
+    "nsa_attention": _nsa,
+    "routing_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 3, 4)),
+        {"cluster_size": 4, "causal": True}),
     "swin_attention": lambda draw: (
         (*(draw(2, 2, 30, 4) for _ in range(3)), draw(25, 2)),
         {"shape": (5, 6), "window": 3, "shift": 1}),
@@ -305,4 +328,5 @@ _LAYERS: Calls = {
     "swin": _swin,
     "timesformer_block": _timesformer_block,
     "language_model": _language_model,
+    "nsa_layer": _nsa_layer,
 }

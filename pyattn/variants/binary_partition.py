@@ -197,6 +197,7 @@ def bp_attention(q: Array, k: Array, v: Array, edge_bias: Array | None = None, *
         logs = arrays.from_host(xp, lists.log_counts[None, None], arrays.device(k))
         bias = xp.astype(logs, arrays.accumulator(xp, k))
     if edge_bias is not None:
+        arrays.require_float("edge_bias", edge_bias)
         if edge_bias.ndim != 2 or edge_bias.shape[1] != d or not edge_bias.shape[0] or (
                 edge_bias.shape[0] % (2 * step + 1)):
             raise ShapeError(f"edge_bias must be (T, {d}), T a multiple of 2 step + 1 = "
@@ -213,7 +214,6 @@ def bp_attention(q: Array, k: Array, v: Array, edge_bias: Array | None = None, *
 def _bias(q: Array, edge_bias: Array, lists: Lists, step: int, scale: float,
           batch: tuple[int, ...]) -> Array:
     """What the embeddings add to each edge's score, (B, H, edges)."""
-    arrays.require_float("edge_bias", edge_bias)
     arrays.require_same_device({"q": q, "edge_bias": edge_bias})
     xp, wide, table = widened(q=q, edge_bias=edge_bias)
     by_kind = scale * xp.matmul(wide, xp.matrix_transpose(_by_kind(table, lists, step)))

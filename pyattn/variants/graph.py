@@ -12,7 +12,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..checks import DtypeError, OptionError, ShapeError, require_real
-from ..differentiable import Saved, differentiable, gradients
+from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import edges as engine
 from ..engines.edges import Edges, EdgesSaved, sums_by_row
 from ..engines.softmax import require_operands
@@ -26,7 +26,7 @@ class GraphSaved(Saved):
 
     attended: EdgesSaved
     bias_table: Array | None
-    types: np.ndarray | None
+    types: np.ndarray | None = dataclasses.field(metadata=ON_HOST)
     """int (edges,): the row of the table for each edge, -1 for a self-loop that was added."""
 
     @property

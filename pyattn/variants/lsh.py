@@ -14,14 +14,12 @@ from ..checks import DtypeError, OptionError, ShapeError, require_choice, requir
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import softmax
 from ..engines.placement import place
-from ..features.hashing import lsh_hash, require_buckets
+from ..features.hashing import MOST_BUCKETS, lsh_hash, require_buckets
 from ..features.normalise import UnitLengthSaved, unit_length
 from ..features.padding import without_padding
 from ..features.regrouping import Regrouped, regroup
 from ..masks.algebra import host_array
 from ..masks.tiled import Listing, Round, between, rounds
-
-MOST_BUCKETS = 2**31
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,9 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..checks import (
+    DtypeError,
     OptionError,
+    ShapeError,
     require_broadcast,
     require_choice,
     require_integer,
@@ -124,7 +126,8 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     the members, with ``log |c|`` added to the score, and in the selected branch the `num_selected`
     keys whose cosines with the query are largest, of the clusters nearest to it. Causal, tokens are
     clustered segment by segment, and a segment's clusters are seen once it is over. With
-    ``mode="lsh"`` groups are buckets of random hashes, and keys are selected of the query's own.
+    ``mode="lsh"`` keys are selected of the query's own buckets of random hashes, in several rounds,
+    and the groups of the compressed branch are those of a coarser hash.
 
     E.g., in the paper's mode, six tokens, ``block_size=2, stride=1, select_block=2,
     num_selected=2, num_local=1, window=1``: query 5 sees compressed {0, 1} {1, 2} {2, 3} {3, 4}
@@ -162,9 +165,12 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
         Of the paper's mode.
     activation : {"gelu", "relu", "gelu_tanh", "silu"}
         Of ``compression="mlp"``.
-    num_clusters, iterations, metric
-        Of ``"kmeans"``, as for `pyattn.features.kmeans`: clusters of a segment, by default one for
-        each 16 tokens, and of all, if not causal, sqrt(M).
+    num_clusters : int
+        Groups of a segment, by default one for each 16 tokens, or of all, if not causal, by default
+        sqrt(M); with ``"lsh"`` rounded down to an even number, at least 2, and at most the sum of
+        `num_buckets`.
+    iterations, metric
+        Of ``"kmeans"``, as for `pyattn.features.kmeans`.
     representative : {"mean", "medoid"}
         What stands for a cluster.
     tree : bool
@@ -173,8 +179,9 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     num_top_clusters : int
         Clusters that keys are selected from.
     num_buckets, num_rounds, rng, rotations
-        Of ``"lsh"``, as for `pyattn.features.lsh_hash`. Buckets of the first round are the groups
-        of the compressed branch.
+        Of ``"lsh"``, as for `pyattn.features.lsh_hash`: the buckets that keys are selected from.
+        The groups of the compressed branch are coarser, as every later query reads them all: keys
+        that the first ``num_clusters / 2`` rotations of the first round tell apart no more.
     num_candidates : int
         Keys of the query's bucket, in each round of hashes, that may be selected.
     segment : int, default 64, tokens
@@ -263,6 +270,11 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
         "k_weights": k_weights, "v_weights": v_weights}
     names = tuple(name for name, x in given.items() if x is not None)
     keys = {name: _keys(name, given) for name in BRANCHES}
+    _check_keys(given, q, gates)
+    unknown = sorted(set(decisions or {}) - set(_DECISIONS[mode]))
+    if unknown:
+        raise OptionError(f"decisions of mode {mode!r} may hold {', '.join(_DECISIONS[mode])}; got "
+                          f"{', '.join(map(str, unknown))}")
     (k_far, v_far), _, (k_near, v_near) = (map(given.get, keys[name]) for name in BRANCHES)
     placed: dict[str, Any] = {"causal": causal, "scale": scale, "q_lengths": q_lengths,
                               "kv_lengths": kv_lengths}
@@ -285,13 +297,17 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
 
 _GROUPING = {"kmeans": ("num_clusters", "iterations", "metric", "representative", "segment",
                         "tree"),
-             "lsh": ("num_buckets", "num_rounds", "rng", "rotations", "segment")}
+             "lsh": ("num_clusters", "num_buckets", "num_rounds", "rng", "rotations", "segment")}
 _CHOOSING = {"kmeans": ("num_selected", "num_top_clusters", "threshold", "duplicate_threshold"),
              "lsh": ("num_selected", "num_candidates", "threshold", "duplicate_threshold")}
 _OPTIONS = {"paper": ("num_selected", "block_size", "stride", "select_block", "num_initial",
                       "num_local", "compression", "activation", "k_weights", "v_weights"),
             **{mode: (*_GROUPING[mode], *_CHOOSING[mode]) for mode in _GROUPING}}
 """Which options a mode has, of those that not all have."""
+
+_DECISIONS = {"paper": ("blocks",), "kmeans": ("clusters", "medoids", "indices"),
+              "lsh": ("clusters", "buckets", "indices")}
+"""What may be given back to a mode."""
 
 _SELECTED = {"paper": 16, "kmeans": 64, "lsh": 64}
 """The default of `num_selected`."""
@@ -332,6 +348,23 @@ def _keys(branch: str, given: Mapping[str, Any]) -> tuple[str, str]:
     if any(there) != all(there):
         raise OptionError(f"{' and '.join(own)} must be given together, or neither of them")
     return own if all(there) else ("k", "v")
+
+
+def _check_keys(given: Mapping[str, Any], q: Array, gates: Array) -> None:
+    """Check that all are arrays, and that the branches' keys and values are alike."""
+    if gates is None:
+        raise DtypeError("gates must be an array; got None")
+    arrays.namespace(q, gates, *(given[name] for name in _PAIRED))
+    for name, like in _PAIRED.items():
+        x = given[name]
+        if x is not None and tuple(x.shape[-3:]) != tuple(given[like].shape[-3:]):
+            raise ShapeError(f"{name} must have the heads, tokens and width of {like}; got "
+                             f"{name} {tuple(x.shape)}, {like} {tuple(given[like].shape)}")
+
+
+_PAIRED = {"k": "k", "v": "v", "k_compressed": "k", "v_compressed": "v", "k_window": "k",
+           "v_window": "v"}
+"""Keys and values, and those they are like."""
 
 
 def _check_gates(gates: Array, out: Array) -> None:

@@ -123,7 +123,6 @@ def selected(q: Array, k: Array, v: Array, *, lse: Array, by: CompressedSaved, b
              decisions: Mapping[str, Any] | None,
              ) -> tuple[tuple[Array, Array], SelectedSaved]:
     """Attend to the blocks that the compressed branch `by`, with its `lse`, weighs most."""
-    select_block = require_integer("select_block", select_block, minimum=1)
     require_choices(num_selected, num_initial, num_local, causal=causal is not False)
     weighing = 0
     if decisions is None or "blocks" not in decisions:
@@ -144,10 +143,18 @@ def selected(q: Array, k: Array, v: Array, *, lse: Array, by: CompressedSaved, b
 
 def branches(q: Array, far: tuple[Array, Array], listed: tuple[Array, Array],
              weights: tuple[Mapping[str, Array] | None, Mapping[str, Array] | None], *,
-             compression: str, activation: str, select_block: int, num_selected: int,
-             num_initial: int, num_local: int, decisions: Mapping[str, Any] | None,
+             compression: str, activation: str, block_size: int, stride: int, select_block: int,
+             num_selected: int, num_initial: int, num_local: int,
+             decisions: Mapping[str, Any] | None,
              **shared: Any) -> tuple[tuple[Any, CompressedSaved], tuple[Any, SelectedSaved]]:
     """Return both branches, each as ``((out, lse), saved)``, of keys and values of their own."""
+    # beyond the tokens, sizes make no difference, but they may be too large to compute with
+    beyond = listed[0].shape[-2] + 1
+    block_size = require_integer("block_size", block_size, minimum=1)
+    shared |= {"block_size": block_size if any(weights) else min(block_size, beyond),
+               "stride": min(require_integer("stride", stride, minimum=1), beyond)}
+    select_block = min(require_integer("select_block", select_block, minimum=1),
+                       max(listed_blocks.TILE, beyond))
     coarse = compressed(q, far[0], far[1], k_weights=weights[0], v_weights=weights[1],
                         compression=compression, activation=activation, **shared)
     fine = selected(q, listed[0], listed[1], lse=coarse[0][1], by=coarse[1],

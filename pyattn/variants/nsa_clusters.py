@@ -18,7 +18,7 @@ import numpy as np
 from .. import arrays, masks
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_choice, require_integer
-from ..differentiable import Saved, gradients
+from ..differentiable import ON_HOST, Saved, gradients
 from ..engines import edges
 from ..engines.placement import first_position
 from ..features.clustering import require_numbers, segment_means
@@ -86,7 +86,10 @@ def group(q: Array, k: Array, *, mode: str = "kmeans", num_clusters: int | None 
     require_choice("mode", mode, ("kmeans", "lsh"))
     causal = require_choice("causal", causal, (False, True, "top_left"))
     decisions = decisions or {}
+    _require_alike(q, k, k)
     *lead, m, width = k.shape
+    if q.shape[-1] != width:
+        raise ShapeError(f"k has width {width} but q has width {q.shape[-1]}; they must be equal")
     if causal is False and segment is not None:
         raise OptionError("segment is for causal attention; without causal keys are grouped as a "
                           f"whole; got segment={segment!r}")
@@ -96,7 +99,9 @@ def group(q: Array, k: Array, *, mode: str = "kmeans", num_clusters: int | None 
     if num_clusters is None:
         num_clusters = math.isqrt(m) if segment is None else segment // TOKENS_OF_A_CLUSTER
         num_clusters = max(1, num_clusters)
-    num_clusters = require_integer("num_clusters", num_clusters, minimum=1)
+    # more than there are tokens would be empty
+    num_clusters = min(require_integer("num_clusters", num_clusters, minimum=1),
+                       max(1, m if segment is None else segment))
     if mode == "lsh":
         if tree or representative != "mean":
             raise OptionError('tree and representative="medoid" are for mode="kmeans"')
@@ -347,7 +352,7 @@ class SelectedSaved(Saved):
     """Attention to the keys listed, and how they were found."""
 
     attended: Any
-    indices: np.ndarray
+    indices: np.ndarray = dataclasses.field(metadata=ON_HOST)
     grouping: Grouping | None
     scored: int
     """Products of queries with groups and keys that choosing took."""

@@ -19,7 +19,7 @@ from ..checks import (
     require_integer,
     require_real,
 )
-from ..differentiable import Saved, differentiable
+from ..differentiable import ON_HOST, Saved, differentiable
 from ..engines import edges as engine
 from ..engines.edges import Edges, EdgesSaved
 from ..engines.placement import place
@@ -35,7 +35,7 @@ class TopKSaved(Saved):
     """The engine's record, and which keys were selected."""
 
     attended: EdgesSaved
-    indices: np.ndarray
+    indices: np.ndarray = dataclasses.field(metadata=ON_HOST)
     scored: int
 
     @property

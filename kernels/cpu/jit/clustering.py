@@ -26,7 +26,7 @@ from .access import fetch_add, load, numbers, record_at, store
 from .packing import TILE
 from .vector import gemm, row_dots, transpose
 from .vector.emit import I64, Vectors, typed
-from .vector.products import _prefetch as prefetch
+from .vector.products import prefetch
 
 STEP, ZERO, NONE = np.int64(1), np.int64(0), np.int32(-1)
 BLOCK, FEW, TOGETHER = np.int64(BLOCK_ROWS), np.int64(FEW_CLUSTERS), np.int64(64)

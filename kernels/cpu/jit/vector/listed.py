@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from .emit import I64, Vectors
 from .layout import SIZES, each_kind, load_as
-from .products import _prefetch, _sum_each
+from .products import _sum_each, prefetch
 
 I32 = ir.IntType(32)
 AHEAD = 16
@@ -85,7 +85,7 @@ def _lane_sums(v: Vectors, code: int, depth: Any, a: Any, a_rows: list[Any], b_r
         for (left, right), slot in zip(itertools.product(x, y), sums, strict=True):
             build.store(v.fma(left, right, build.load(slot, typ=v.type)), slot)
         for row in soon:
-            _prefetch(v, build.add(row, at))
+            prefetch(v, build.add(row, at))
 
     with cgutils.for_range(build, build.udiv(whole, I64(v.lanes))) as loop:
         add(build.mul(loop.index, I64(v.lanes)))
@@ -130,7 +130,7 @@ def _add_listed(v: Vectors, code: int, rows: Any, count: Any, p: Any, p_row: Any
             y = [load_as(v, code, build.add(row, place), mask) for place in places]
             soon = _listed(v, values, values_row, index, build.add(loop.index, I64(AHEAD)))
             for place in places:
-                _prefetch(v, build.add(soon, place))
+                prefetch(v, build.add(soon, place))
             for start, totals in zip(starts, sums, strict=True):
                 weight = v.splat(v.load_number(p, build.add(start, loop.index)))
                 for u, total in enumerate(totals):

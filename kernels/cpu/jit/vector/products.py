@@ -160,13 +160,13 @@ def _dots_of_lanes(v: Vectors, code: int, depth: Any, a: Any, a_rows: list[Any],
         add(d)
         for row in b_rows:
             place = build.add(row, build.mul(d, I64(SIZES[code])))
-            _prefetch(v, build.add(place, ahead))
+            prefetch(v, build.add(place, ahead))
     with build.if_then(build.icmp_signed("!=", rest, I64(0))):
         add(whole, v.first(rest))
     return [build.load(slot, typ=v.type) for slot in sums]
 
 
-def _prefetch(v: Vectors, address: Any) -> None:
+def prefetch(v: Vectors, address: Any) -> None:
     """Ask for what lies at an address, which need not exist, to be brought near."""
     build, number = v.builder, ir.IntType(32)
     pointer = build.inttoptr(address, ir.IntType(8).as_pointer())
@@ -235,7 +235,7 @@ def _add_rows(v: Vectors, code: int, rows: Any, steps: Any, p: Any, p_row: Any, 
                  for column in columns]
             soon = build.add(row, build.mul(values_row, I64(16)))
             for column in columns:
-                _prefetch(v, build.add(soon, build.mul(column, I64(SIZES[code]))))
+                prefetch(v, build.add(soon, build.mul(column, I64(SIZES[code]))))
             for start, totals in zip(starts, sums, strict=True):
                 weight = v.splat(v.load_number(p, build.add(start, loop.index)))
                 for u, total in enumerate(totals):
