@@ -369,7 +369,7 @@ def main() -> int:
                         help="of " + ", ".join(map(repr, names)) + " (default: all)")
     parser.add_argument("--length", type=int, default=4096,
                         help="trained up to, and asked at; also at its double (default: 4096)")
-    parser.add_argument("--steps", type=int, default=500, help="of training (default: 500)")
+    parser.add_argument("--steps", type=int, default=400, help="of training (default: 400)")
     parser.add_argument("--seconds", type=float, default=float("inf"),
                         help="at most so many of training for a variant (default: no limit)")
     parser.add_argument("--sequences", type=int, default=32,
