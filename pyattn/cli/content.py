@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 
 import pyattn
 from pyattn import masks
@@ -52,6 +51,8 @@ def example(name: str, n: int, m: int, heads: int) -> tuple[Any, ...]:
 
 def _graph(n: int, rng: np.random.Generator) -> Any:
     """A ring, and as many edges between tokens drawn at random."""
+    import scipy.sparse
+
     token = np.arange(n)
     rows, columns = np.tile(token, 2), np.concatenate([(token + 1) % max(1, n),
                                                        rng.integers(0, max(1, n), n)])
@@ -68,8 +69,8 @@ def pattern(name: str, arguments: tuple[Any, ...],
     >>> mask, m, told = pattern("bp_attention", example("bp_attention", 4, 4, 1), {"step": 1})
     >>> print(mask.draw(4, m))
     ███·
-    ███·
-    █·██
+    ████
+    ████
     █·██
     >>> told
     'spans of tokens, each drawn at its first'
@@ -98,6 +99,8 @@ def pattern(name: str, arguments: tuple[Any, ...],
 
 def _listed(edges: Any, own: int, columns: np.ndarray) -> Any:
     """The pairs of a list, key j in column ``columns[j]``."""
+    import scipy.sparse
+
     start = edges.start[own]
     key = columns[edges.key[start[0]:start[-1]]]
     return scipy.sparse.csr_array((np.ones(len(key)), key, start - start[0]),
