@@ -6,7 +6,6 @@ end: what stands there is fetched ahead of its use, as it is mostly what the nex
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +13,7 @@ from numba.core import cgutils
 
 from .emit import I64, Vectors
 from .layout import SIZES, each_kind, load_as
-from .products import _sum_each, prefetch
+from .products import lane_products, prefetch, sum_each
 
 I32 = ir.IntType(32)
 AHEAD = 16
@@ -56,7 +55,7 @@ def dots_listed(v: Vectors, rows: Any, columns: Any, depth: Any, a: Any, a_row: 
                         near = build.select(inside, place, last)
                         b_rows.append(_listed(v, b, b_row, index, near))
                         soon.append(_listed(v, b, b_row, index, build.add(place, lanes)))
-                    totals = _sum_each(v, _lane_sums(v, code, depth, a, a_rows, b_rows, soon))
+                    totals = sum_each(v, lane_products(v, code, depth, a, a_rows, b_rows, soon))
                     at = build.add(build.mul(i, c_row), first)
                     for r in range(height):
                         picked = ir.Constant(ir.VectorType(I32, width),
@@ -66,32 +65,6 @@ def dots_listed(v: Vectors, rows: Any, columns: Any, depth: Any, a: Any, a_row: 
                         build.store(build.shuffle_vector(totals, totals, picked), place,
                                     align=v.size)
     build.ret_void()
-
-
-def _lane_sums(v: Vectors, code: int, depth: Any, a: Any, a_rows: list[Any], b_rows: list[Any],
-               soon: list[Any]) -> list[Any]:
-    """Return, for each row of A and each of B, a vector whose lanes add up to their product."""
-    build = v.builder
-    whole = build.and_(depth, I64(-v.lanes))
-    rest = build.sub(depth, whole)
-    sums = [v.variable(v.const(0.0)) for _ in a_rows for _ in b_rows]
-
-    def add(d: Any, mask: Any = None) -> None:
-        at = build.mul(d, I64(SIZES[code]))
-        x = [v.load(a, build.add(row, d)) if mask is None else
-             v.load_masked(v.where(a, build.add(row, d), v.type), v.type, v.size, mask)
-             for row in a_rows]
-        y = [load_as(v, code, build.add(row, at), mask) for row in b_rows]
-        for (left, right), slot in zip(itertools.product(x, y), sums, strict=True):
-            build.store(v.fma(left, right, build.load(slot, typ=v.type)), slot)
-        for row in soon:
-            prefetch(v, build.add(row, at))
-
-    with cgutils.for_range(build, build.udiv(whole, I64(v.lanes))) as loop:
-        add(build.mul(loop.index, I64(v.lanes)))
-    with build.if_then(build.icmp_signed("!=", rest, I64(0))):
-        add(whole, v.first(rest))
-    return [build.load(slot, typ=v.type) for slot in sums]
 
 
 def accumulate_listed(v: Vectors, rows: Any, count: Any, width: Any, p: Any, p_row: Any,

@@ -122,12 +122,13 @@ def dots(v: Vectors, rows: Any, columns: Any, depth: Any, a: Any, a_row: Any, b:
                     first = build.add(j, build.mul(part.index, I64(width)))
                     b_rows = [build.add(b, build.mul(build.add(first, I64(u)), b_row))
                               for u in range(width)]
-                    sums = _dots_of_lanes(v, code, depth, a, a_rows, b_rows, ahead)
+                    soon = [build.add(row, ahead) for row in b_rows]
+                    sums = lane_products(v, code, depth, a, a_rows, b_rows, soon)
                     at = build.add(build.mul(i, c_row), first)
                     if block == 1:
                         build.store(v.reduce("fadd", [v.scalar(0.0)], sums[0]), v.place(c, at))
                         continue
-                    totals = _sum_each(v, sums)
+                    totals = sum_each(v, sums)
                     for r in range(height):
                         lanes = ir.Constant(ir.VectorType(ir.IntType(32), width),
                                             list(range(r * width, (r + 1) * width)))
@@ -138,9 +139,12 @@ def dots(v: Vectors, rows: Any, columns: Any, depth: Any, a: Any, a_row: Any, b:
     build.ret_void()
 
 
-def _dots_of_lanes(v: Vectors, code: int, depth: Any, a: Any, a_rows: list[Any],
-                   b_rows: list[Any], ahead: Any) -> list[Any]:
-    """Return, for each row of A and each of B, a vector whose lanes add up to their product."""
+def lane_products(v: Vectors, code: int, depth: Any, a: Any, a_rows: list[Any],
+                  b_rows: list[Any], soon: list[Any]) -> list[Any]:
+    """Return, for each row of A and each of B, a vector whose lanes add up to their product.
+
+    The rows at the addresses `soon` are fetched meanwhile.
+    """
     build = v.builder
     whole = build.and_(depth, I64(-v.lanes))
     rest = build.sub(depth, whole)
@@ -154,13 +158,11 @@ def _dots_of_lanes(v: Vectors, code: int, depth: Any, a: Any, a_rows: list[Any],
         y = [load_as(v, code, build.add(row, at), mask) for row in b_rows]
         for (left, right), slot in zip(itertools.product(x, y), sums, strict=True):
             build.store(v.fma(left, right, build.load(slot, typ=v.type)), slot)
+        for row in soon:
+            prefetch(v, build.add(row, at))
 
     with cgutils.for_range(build, build.udiv(whole, I64(v.lanes))) as loop:
-        d = build.mul(loop.index, I64(v.lanes))
-        add(d)
-        for row in b_rows:
-            place = build.add(row, build.mul(d, I64(SIZES[code])))
-            prefetch(v, build.add(place, ahead))
+        add(build.mul(loop.index, I64(v.lanes)))
     with build.if_then(build.icmp_signed("!=", rest, I64(0))):
         add(whole, v.first(rest))
     return [build.load(slot, typ=v.type) for slot in sums]
@@ -177,7 +179,7 @@ def prefetch(v: Vectors, address: Any) -> None:
     build.call(function, [pointer, read, keep, data])
 
 
-def _sum_each(v: Vectors, sums: list[Any]) -> Any:
+def sum_each(v: Vectors, sums: list[Any]) -> Any:
     """Return the sum of the lanes of vector u in lane u, for as many vectors as there are lanes.
 
     Vectors i and i + n/2 become one: its halves are what either leaves when its own are added.
