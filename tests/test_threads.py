@@ -254,7 +254,7 @@ def by_address(function):
 @pytest.fixture
 def awake(monkeypatch):
     """Helpers who stay awake; make sure that there is one, and count the invitations from then."""
-    monkeypatch.setattr(threads, "PATIENCE", 5_000_000)
+    monkeypatch.setattr(threads, "PATIENCE", 50_000_000)
     monkeypatch.setattr(threads, "_boxes", [])
     monkeypatch.setattr(threads, "_helpers", [])
     monkeypatch.setattr(threads, "_invitations", type(threads._invitations)())
