@@ -74,8 +74,8 @@ def _keys(line: Line, tokens: slice) -> tuple[np.ndarray, np.ndarray]:
     first = line.lists[tokens].astype(np.int64)[..., None] * size
     keys = first + np.arange(size)
     allowed = (first >= 0) & (keys < line.seen[tokens, None, None])
-    return tuple(x.reshape(len(x), math.prod(x.shape[1:]))  # type: ignore[return-value]
-                 for x in (np.where(allowed, keys, 0), allowed))
+    flat = len(keys), math.prod(keys.shape[1:])
+    return np.where(allowed, keys, 0).reshape(flat), allowed.reshape(flat)
 
 
 def _few_tokens(line: Line) -> list[slice]:
