@@ -19,6 +19,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "bp_attention": {"step": 4},
     "coarse_fine_attention": {"block_size": 8},
     "global_local_attention": {"window": 16, "first": 1},
+    "linear_attention": {},
     "local_attention_2d": {"shape": [1024, 16], "window": 2},
     "longformer_attention": {"window": 16, "global_index": [0]},
     "lsh_attention": {"num_rounds": 2, "bucket_length": 8, "num_buckets": 8, "rng": 0},

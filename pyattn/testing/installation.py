@@ -288,6 +288,8 @@ _VARIANTS: Calls = {
     "graph_attention": lambda draw: (
         (*(draw(2, 2, 12, 4) for _ in range(3)), _ring(12), draw(3, 2)),
         {"edge_type": np.arange(24) % 3}),
+    "linear_attention": lambda draw: (
+        (draw(2, 4, 13, 4), draw(2, 2, 17, 4), draw(2, 2, 17, 3)), {"causal": True, "chunk": 4}),
     "longformer_attention": lambda draw: (
         tuple(draw(2, 2, 12, 4) for _ in range(6)), {"window": 2, "global_index": (0, 7)}),
     "lsh_attention": lambda draw: (
