@@ -30,7 +30,6 @@ from ..checks import (
     require_real,
 )
 from ..differentiable import Saved, gradients
-from ..features.feature_maps import FeatureMap
 from .placement import Placement, place
 from .problem import record
 from .softmax import flat, require_operands, unbroadcast
@@ -87,7 +86,8 @@ class LinearProblem:
     """(B, G, M, D)."""
     v: Array
     """(B, G, M, E)."""
-    feature_map: FeatureMap
+    feature_map: Any
+    """A `FeatureMap` of `pyattn.features.feature_maps`."""
     causal: bool
     normalize: bool
     epsilon: float
@@ -145,7 +145,7 @@ class LinearSaved(Saved):
     q: Array
     k: Array
     v: Array
-    feature_map: FeatureMap
+    feature_map: Any
     """Without its projection, which is kept beside it."""
     projection: Array | None
     causal: bool
@@ -239,7 +239,7 @@ class LinearSaved(Saved):
         return gradients(tuple(found))(**found)
 
 
-def forward(q: Array, k: Array, v: Array, *, feature_map: FeatureMap, causal: bool | str = False,
+def forward(q: Array, k: Array, v: Array, *, feature_map: Any, causal: bool | str = False,
             normalize: bool = True, epsilon: float = 0.0, order: str = "auto",
             chunk: int | None = None, state: Any = None, return_state: bool = False,
             q_lengths: Any = None, kv_lengths: Any = None) -> tuple[Any, LinearSaved]:
@@ -251,7 +251,7 @@ def forward(q: Array, k: Array, v: Array, *, feature_map: FeatureMap, causal: bo
     k : array, shape (..., G, M, D), dtype of `q`
         G divides H.
     v : array, shape (..., G, M, E), dtype of `q`
-    feature_map : FeatureMap
+    feature_map : FeatureMap, of `pyattn.features.feature_maps`
     causal : bool or "top_left"
         Query i sees keys up to ``i + M - N`` (lengths, if given, for M and N), or up to i. A state
         that is given is seen by all queries.
@@ -339,7 +339,7 @@ def cheaper(n: int, m: int, f: int, e: int, *, causal: bool = False, offset: int
     return "qk" if pairs * (f + e) <= f * e * (n + m) else "kv"
 
 
-def _given_state(feature_map: FeatureMap, state: Any) -> tuple[Array | None, Array | None]:
+def _given_state(feature_map: Any, state: Any) -> tuple[Array | None, Array | None]:
     """The sums and the log-scale of a state that may be given."""
     if state is None:
         return None, None
