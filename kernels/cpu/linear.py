@@ -129,7 +129,7 @@ class Job:
         for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
             self.describe(name, x)
         for name, value in (("scale", made.scale), ("epsilon", made.epsilon),
-                            ("added", p.epsilon)):
+                            ("added", p.epsilon), ("least", p.least)):
             self.record[name] = value
         self.shape = (batch, groups, self.segments, f, w_padded)
         tile = TILE * size

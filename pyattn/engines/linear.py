@@ -106,6 +106,17 @@ class LinearProblem:
     log_scale: Array | None = None
     """(B, G), acc; for kind "exp", with `state`."""
 
+    @property
+    def least(self) -> float:
+        """Up to which size a denominator counts as 0.
+
+        That of kind "exp" is relative to the largest key, times how well the query's largest
+        feature meets it: below this there is nothing left to divide without overflow.
+        """
+        if self.feature_map.kind != "exp":
+            return 0.0
+        return 2.0 ** (-900 if arrays.dtype_name(self.q) == "float64" else -100)
+
     def steps(self, n: int, m: int, offset: int) -> list[Step]:
         """Return the steps of an item with n queries and m keys, in order.
 
@@ -273,7 +284,9 @@ def forward(q: Array, k: Array, v: Array, *, feature_map: Any, causal: bool | st
     Returns
     -------
     array, shape (..., H, N, E), dtype of `q`; and what its backward needs
-        Rows whose weights sum up to 0: 0. With `return_state` ``(out, state)`` for the array.
+        Rows whose weights sum up to 0: 0; with kind "exp" also those whose features fit those of no
+        key, by a factor of 2^-100 (2^-900 in float64). With `return_state` ``(out, state)`` for the
+        array.
     """
     causal = require_choice("causal", causal, (False, True, "top_left"))
     normalize = require_choice("normalize", normalize, (False, True))

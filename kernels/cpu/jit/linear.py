@@ -387,7 +387,8 @@ def attend(job, b, h, i, rows, columns, shift, some, strange, scratch, unit):
         for r in range(rows):
             total = dens[r]
             # an empty row stays one
-            if total == 0:
+            if abs(total) <= job.least:
+                total = unit - unit
                 numbers(acc + r * job.e_padded * size, job.e_padded, unit)[:] = 0
                 each[r] = 0
             else:

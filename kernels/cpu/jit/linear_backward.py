@@ -74,7 +74,9 @@ def read_pull(job, b, h, i, rows, scratch, unit):
                 numbers(row, job.w_padded, unit)[:] = 0
                 shares[r] = 1
             else:
-                store(row + job.e * size, -load(delta + r * size, unit))
+                product = load(delta + r * size, unit)
+                strange |= not abs(product / den) < math.inf
+                store(row + job.e * size, -product)
                 shares[r] = unit / den
         scale_rows(g, job.w_padded, rows, job.w_padded, scratch + job.at_den, unit)
     return strange
