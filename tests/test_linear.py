@@ -212,8 +212,8 @@ def test_auto_takes_the_order_with_fewer_products():
 
 
 def test_steps_cover_every_pair_once():
-    for n, m, offset, chunk in ((5, 9, 4, 4), (9, 5, -4, 4), (9, 5, 0, 3), (1, 9, 8, 4), (0, 3, 3, 2),
-                                (3, 0, -3, 2)):
+    for n, m, offset, chunk in ((5, 9, 4, 4), (9, 5, -4, 4), (9, 5, 0, 3), (1, 9, 8, 4),
+                                (0, 3, 3, 2), (3, 0, -3, 2)):
         for causal in (False, True):
             met = np.zeros((n, m), int)
             state = []
@@ -275,7 +275,8 @@ def test_the_state_is_the_sum_over_keys(kind, backend):
         (_, state), _ = engine.forward(q, k, v, feature_map=made(kind, 8), causal=True,
                                        normalize=kind != "identity", return_state=True)
     exact = oracle.exact(np.float64)
-    phi, ones = features(made(kind, 8), k, exact)[0], np.ones((*v.shape[:-1], int(kind != "identity")))
+    phi = features(made(kind, 8), k, exact)[0]
+    ones = np.ones((*v.shape[:-1], int(kind != "identity")))
     if kind == "exp":
         assert isinstance(state, State)
         state = state.sums * np.exp(state.log_scale)[..., None, None]
