@@ -7,13 +7,14 @@ moves a state from one step of training to the next.
 
 from .clustering import commitment_loss, kmeans, segment_means, update_centroids
 from .compression import compress
+from .feature_maps import FeatureMap
 from .hashing import lsh_hash
 from .importance import important_blocks
 from .normalise import standardise, unit_length
 from .positions import add_positions, embedding, rotary, sinusoidal
 
 __all__ = [
-    "add_positions", "commitment_loss", "compress", "embedding", "important_blocks", "kmeans",
+    "FeatureMap", "add_positions", "commitment_loss", "compress", "embedding", "important_blocks", "kmeans",
     "lsh_hash", "rotary", "segment_means", "sinusoidal", "standardise", "unit_length",
     "update_centroids",
 ]
