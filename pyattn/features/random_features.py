@@ -16,14 +16,13 @@ from ..arrays import Array
 from ..checks import (
     OptionError,
     ShapeError,
-    require_broadcast,
     require_choice,
     require_integer,
     require_real,
 )
 from ..differentiable import Saved, differentiable, gradients
 from ..masks.algebra import host_array
-from .padding import without_padding
+from .padding import require_lengths, without_padding
 from .precision import cast_like, require_same_shape, widened
 
 KERNELS = ("softmax", "relu")
@@ -286,7 +285,7 @@ def random_features(x: Array, projection: Array, *, kernel: str = "softmax",
     epsilon = require_real("epsilon", epsilon)
     if epsilon < 0:
         raise OptionError(f"epsilon must be at least 0; got {epsilon}")
-    lengths = _checked(lengths, tuple(x.shape))
+    lengths = require_lengths("lengths", lengths, tuple(x.shape[:-3]), x.shape[-2])
     xp, wide, w = widened(x=x, projection=projection)
     wide = scale * without_padding(wide, lengths)
     h = xp.matmul(wide, w.mT)
@@ -298,19 +297,6 @@ def random_features(x: Array, projection: Array, *, kernel: str = "softmax",
         y = w.shape[0] ** -0.5 * (xp.exp(h - half - peak) + epsilon)
     return cast_like(xp, without_padding(y, lengths), x), RandomFeaturesSaved(
         x, projection, kernel, scale, epsilon, stabiliser, reference, lengths)
-
-
-def _checked(lengths: Any, shape: tuple[int, ...]) -> tuple[Any, ...] | int | None:
-    if lengths is None:
-        return None
-    lengths = host_array(lengths)
-    require_broadcast("lengths", lengths.shape, shape[:-3], "the leading axes")
-    if lengths.size and lengths.dtype.kind not in "iu":
-        raise OptionError(f"lengths must be integers; got {lengths.dtype}")
-    if lengths.size and not (lengths.min() >= 0 and lengths.max() <= shape[-2]):
-        raise ShapeError(f"lengths must lie in 0..{shape[-2]}; got {lengths.min()}.."
-                         f"{lengths.max()}")
-    return tuple(lengths.tolist()) if lengths.ndim else lengths.item()
 
 
 def _half_square(xp: Any, x: Array) -> Array:
