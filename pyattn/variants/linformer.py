@@ -12,7 +12,6 @@ from .. import arrays
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_choice
 from ..differentiable import Saved, differentiable, gradients
-from ..engines import softmax
 from ..engines.softmax import SoftmaxSaved, require_operands, unbroadcast
 from ..features.padding import require_lengths, without_padding
 from ..features.precision import cast_like, widened
