@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .variants.longformer import longformer_attention
     from .variants.lsh import lsh_attention
     from .variants.nsa import nsa_attention
+    from .variants.performer import performer_attention
     from .variants.random_attention import random_attention
     from .variants.routing import routing_attention
     from .variants.sliding_window import sliding_window_attention
@@ -61,6 +62,7 @@ VARIANTS = {
     "longformer_attention": "variants.longformer",
     "lsh_attention": "variants.lsh",
     "nsa_attention": "variants.nsa",
+    "performer_attention": "variants.performer",
     "random_attention": "variants.random_attention",
     "routing_attention": "variants.routing",
     "sliding_window_attention": "variants.sliding_window",
