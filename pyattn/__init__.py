@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .variants.cross_modal import cross_modal_attention
     from .variants.global_local import global_local_attention
     from .variants.graph import gat_attention, graph_attention
+    from .variants.linear import linear_attention
     from .variants.linformer import linformer_attention
     from .variants.local_2d import local_attention_2d
     from .variants.longformer import longformer_attention
@@ -57,6 +58,7 @@ VARIANTS = {
     "gat_attention": "variants.graph",
     "global_local_attention": "variants.global_local",
     "graph_attention": "variants.graph",
+    "linear_attention": "variants.linear",
     "linformer_attention": "variants.linformer",
     "local_attention_2d": "variants.local_2d",
     "longformer_attention": "variants.longformer",
