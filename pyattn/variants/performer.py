@@ -152,7 +152,7 @@ def performer_attention(q: Array, k: Array, v: Array, *, num_features: int | Non
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 50, 8)) / 2
     >>> exact = pyattn.attention(q, k, v)
     >>> few, many = (pyattn.performer_attention(q, k, v, num_features=f, rng=0) for f in (16, 4096))
-    >>> bool(abs(many - exact).max() < 0.1 * abs(few - exact).max())
+    >>> bool(abs(many - exact).max() < abs(few - exact).max() / 4)
     True
     """
     require_choice("kernel", kernel, KERNELS)
