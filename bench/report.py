@@ -68,7 +68,8 @@ def markdown(measurements: Sequence[Measurement], threads: int,
                   "", *beyond]
     others = {rival: titles for rival, titles in different.items() if rival not in dense}
     if others:
-        lines += ["", "Timed, but not compared, as they have rules of their own for who sees whom:",
+        lines += ["", "Timed, but not compared, as they have rules of their own for who sees whom, "
+                      "or features of their own:",
                   ""]
         lines += [f"- {rival} ({'; '.join(titles)})" for rival, titles in others.items()]
     notes: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import array_api_strict
@@ -267,7 +268,7 @@ def test_a_stream_in_pieces(kernel, backend):
         whole = saved.backward(np.cos(out))
         state, outs, records = None, [], []
         cuts = [0, 1, 2, 3, 20, 36, 37]
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             piece = [x[..., start:end, :] for x in (q, k, v)]
             (part, state), kept = performer_attention.forward(
                 *piece, **options, state=state, return_state=True)
@@ -431,6 +432,7 @@ def test_features_of_the_original_are_counted():
     (ShapeError, {"projection": np.ones(20)}, "projection must be"),
     (DtypeError, {"projection": np.ones((3, 20), int)}, "projection must be"),
     (OptionError, {"reference": True, "return_state": True}, "state cannot be carried"),
+    (OptionError, {"mask": np.ones((33, 47), bool)}, "mask must be None"),
 ])
 def test_arguments_that_do_not_fit(error, options, match):
     with pytest.raises(error, match=match):

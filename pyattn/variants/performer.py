@@ -65,8 +65,9 @@ def performer_attention(q: Array, k: Array, v: Array, *, num_features: int | Non
                         causal: bool | str = False, scale: float | None = None,
                         epsilon: float | None = None, order: str = "auto",
                         chunk: int | None = None, state: Any = None, return_state: bool = False,
-                        q_lengths: Any = None, kv_lengths: Any = None, reference: bool = False,
-                        decisions: dict[str, Any] | None = None) -> tuple[Any, PerformerSaved]:
+                        q_lengths: Any = None, kv_lengths: Any = None, mask: Any = None,
+                        reference: bool = False, decisions: dict[str, Any] | None = None,
+                        ) -> tuple[Any, PerformerSaved]:
     """FAVOR+: attention whose weights are products of positive random features.
 
     ``out_i = sum_j a_ij v_j / sum_j a_ij`` over the keys that query i sees, with
@@ -111,6 +112,8 @@ def performer_attention(q: Array, k: Array, v: Array, *, num_features: int | Non
         `projection`, `decisions` or an int for `rng`, for its features are those of one W.
     q_lengths, kv_lengths : int or array of int, broadcasting to the leading axes, optional
         Tokens from here on are padding.
+    mask : None
+        Refused: a sum over keys is the same for all queries that read it.
     reference : bool
         Features as in the original code: `epsilon` 1e-4 is added to those of "softmax" too, divided
         by ``exp(c)`` with c the largest of W x', for keys over the sequence. Causal outputs
@@ -157,6 +160,9 @@ def performer_attention(q: Array, k: Array, v: Array, *, num_features: int | Non
     """
     require_choice("kernel", kernel, KERNELS)
     reference = require_choice("reference", reference, (False, True))
+    if mask is not None:
+        raise OptionError("mask must be None, as sums over keys are made before a query reads them: "
+                          f"there are causal, q_lengths and kv_lengths; got {type(mask).__name__}")
     require_operands(q, k, v)
     width = q.shape[-1]
     scale = width ** -0.5 if scale is None else require_real("scale", scale)
