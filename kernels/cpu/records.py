@@ -119,3 +119,32 @@ EDGES = np.dtype([
     ("dq", LISTED), ("dk", LISTED), ("dv", LISTED),
 ])
 """Lists of keys for each query: see jit/edges.py."""
+
+TOKENS = _record("at b h n step kind")
+"""Rows of an array: address, strides, that within a row, and its numbers."""
+
+LINEAR = np.dtype([
+    *_record("size lanes heads groups n d e f "
+             "width "                   # e, and 1 more where normalised
+             "d_padded e_padded w_padded "
+             "chunk "                   # tokens of a step
+             "kind "                    # of features: see jit/vector/features.py
+             "causal normalize "
+             "direct "                  # whether one step is all
+             "projection "              # (f, d_padded), or 0
+             "segments "                # of consecutive steps; a unit of work is one, of a group
+             "q_lengths kv_lengths offset counts "   # int64 (batch,): counts are of steps
+             "state later "             # (batch, groups, segments, f, w_padded): what is before
+                                        # and behind each segment
+             "tops tops_row "           # (batch, groups, tops_row): the stabiliser before each step
+             "given "                   # whether anything is before all steps
+             "den").descr,              # (batch, heads, n), or 0
+    ("q", TOKENS), ("k", TOKENS), ("v", TOKENS), ("out", TOKENS), ("dout", TOKENS),
+    ("dq", TOKENS), ("dk", TOKENS), ("dv", TOKENS),
+    ("scale", "f8"), ("epsilon", "f8"), ("added", "f8"),    # added to features, to denominators
+    *_record("at_x at_columns at_phi_q at_phi_k at_dphi at_v at_v_columns at_g at_g_columns at_out "
+             "at_a at_b at_turned at_state at_sums at_found at_top at_base at_before at_share "
+             "at_den at_delta "
+             "ones").descr,              # 64 of them,
+])
+"""Linear attention: see jit/linear.py."""

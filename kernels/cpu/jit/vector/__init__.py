@@ -27,6 +27,14 @@ Rows of scores and of sums, in place but for `lane_sums` and `row_dots`:
     soft_cap         s = cap * tanh(s / cap) of one row
     select           `fill` where a bit of a 64-bit word is clear
 
+Tiles of features, a token per column:
+
+    map_features     h to features, elu(h) + 1 or max(h, 0) + epsilon
+    pull_features    gradients of features to those of h
+    exp_columns      x = exp(x - top) with the largest of each column
+    decay_pairs      x[r, c] *= exp(tops[c] - bases[r])
+    scale_columns    columns times a factor each
+
 Numbers on their way to a product, or to the caller's array:
 
     convert_rows     rows of any dtype and stride times a scale, padded, as operands
@@ -50,7 +58,7 @@ from types import SimpleNamespace
 from numba.extending import intrinsic
 
 from ...host import dot_product, vector_bytes
-from . import layout, listed, products, rows, tiles
+from . import features, layout, listed, products, rows, tiles
 from .emit import typed
 
 
@@ -129,6 +137,26 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         return typed(rows.select, nbytes, "-", "iif", unit)
 
     @intrinsic
+    def map_features(context, x, count, columns, kind, epsilon, unit):
+        return typed(features.map_features, nbytes, "-", "iiiif", unit)
+
+    @intrinsic
+    def pull_features(context, dphi, phi, count, columns, kind, epsilon, unit):
+        return typed(features.pull_features, nbytes, "-", "iiiiif", unit)
+
+    @intrinsic
+    def exp_columns(context, x, count, columns, tops, unit):
+        return typed(features.exp_columns, nbytes, "-", "iiii", unit)
+
+    @intrinsic
+    def decay_pairs(context, x, count, columns, tops, bases, unit):
+        return typed(features.decay_pairs, nbytes, "-", "iiiii", unit)
+
+    @intrinsic
+    def scale_columns(context, x, count, columns, factors, unit):
+        return typed(features.scale_columns, nbytes, "-", "iiii", unit)
+
+    @intrinsic
     def convert_rows(context, source, source_row, step, kind, rows, count, padded, scale, target,
                      target_row, unit, operand):
         return typed(layout.convert_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
@@ -174,7 +202,9 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         exp_rows=exp_rows, scale_rows=scale_rows, lane_sums=lane_sums, row_dots=row_dots,
         soft_cap=soft_cap, select=select, convert_rows=convert_rows, gather_rows=gather_rows,
         scatter_rows=scatter_rows, add_rows=add_rows, write_rows=write_rows,
-        transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
+        transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded,
+        map_features=map_features, pull_features=pull_features, exp_columns=exp_columns,
+        decay_pairs=decay_pairs, scale_columns=scale_columns)
 
 
 _host = micro_kernels(vector_bytes(), dot_product() or "widened")
@@ -188,3 +218,6 @@ soft_cap, select = _host.soft_cap, _host.select
 gather_rows, scatter_rows, add_rows = _host.gather_rows, _host.scatter_rows, _host.add_rows
 convert_rows, write_rows, transpose = _host.convert_rows, _host.write_rows, _host.transpose
 pair_rows, round_row, pair_rounded = _host.pair_rows, _host.round_row, _host.pair_rounded
+map_features, pull_features = _host.map_features, _host.pull_features
+exp_columns, decay_pairs = _host.exp_columns, _host.decay_pairs
+scale_columns = _host.scale_columns
