@@ -879,6 +879,13 @@ def test_there_is_a_sum_over_keys_for_each_of_their_targets(target):
         assert any(target.against in row.rivals for row in rows)
 
 
+def test_how_sums_over_keys_are_counted_is_told():
+    row = few("linear, causal")
+    table = markdown([measurement(row, True, 1.0)], threads=1)
+    assert "a backward as two" in table
+    assert "a backward as two" not in markdown([measurement(ROW, False, 1.0)], threads=1)
+
+
 def test_a_peer_that_needs_too_much_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(harness, "machine_gigabytes", lambda: 16.0)
     row = dataclasses.replace(few("Performer, softmax, causal"),
