@@ -54,8 +54,8 @@ def markdown(measurements: Sequence[Measurement], threads: int,
                   f"lists), pyattn is {DECIDED}: what its ratio lacks to 1 is the share of "
                   "hashing, clustering and selection.", ""]
     if any(isinstance(found.row, LinearRow) for found in measurements):
-        lines += ["Of variants that sum over keys before queries read them, GFLOP/s count what they "
-                  "multiply out in a forward, and a backward as two.", ""]
+        lines += ["Of variants that sum over keys before queries read them, GFLOP/s count what "
+                  "they multiply out in a forward, and a backward as two.", ""]
     if dropped:
         taken = ", ".join(f"{name}={value}" for name, value in dropped.items())
         lines += [f"Not passed on to the libraries: {taken}.", ""]
