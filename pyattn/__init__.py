@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .variants.blockbert import blockbert_attention
     from .variants.coarse_fine import coarse_fine_attention
     from .variants.cross_modal import cross_modal_attention
+    from .variants.efficient import efficient_attention
     from .variants.global_local import global_local_attention
     from .variants.graph import gat_attention, graph_attention
     from .variants.linear import linear_attention
@@ -55,6 +56,7 @@ VARIANTS = {
     "bp_attention": "variants.binary_partition",
     "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
+    "efficient_attention": "variants.efficient",
     "gat_attention": "variants.graph",
     "global_local_attention": "variants.global_local",
     "graph_attention": "variants.graph",

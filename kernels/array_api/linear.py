@@ -164,6 +164,8 @@ def _runs(problem: Any, *more: Array) -> Iterator[tuple[Run, np.ndarray, list[Ar
     acc, where = accumulator(xp, p.q), device(p.q)
     (heads, d), (groups, e) = (p.q.shape[1], p.q.shape[3]), (p.v.shape[1], p.v.shape[3])
     made = p.feature_map
+    if not groups:
+        return
     projection = None if made.projection is None else xp.astype(made.projection, acc)
     placed = np.stack([p.q_lengths, p.kv_lengths, p.offset], axis=1)
     for n, m, offset in np.unique(placed, axis=0).tolist():
@@ -175,7 +177,7 @@ def _runs(problem: Any, *more: Array) -> Iterator[tuple[Run, np.ndarray, list[Ar
             return xp.take(x, from_host(xp, items, where), axis=0)
 
         def by_group(x: Array, n: int = n, count: int = len(items)) -> Array:
-            split = (count, groups, heads // max(1, groups), *x.shape[2:])
+            split = (count, groups, heads // groups, *x.shape[2:])
             return xp.reshape(part(x), split)[:, :, :, :n, ...]
 
         q, k = by_group(p.q), part(p.k)[:, :, :m, :]
@@ -224,7 +226,7 @@ def forward(problem: Any) -> tuple[Array, Array | None, Array, Array | None]:
                 if step.rows:
                     parts.append(_read(run, step, state, top, keys, v))
                 state, top = run.absorb(state, top, keys, v)
-            like = xp.zeros((len(items), p.v.shape[1], heads // max(1, p.v.shape[1]), 0,
+            like = xp.zeros((len(items), p.v.shape[1], heads // p.v.shape[1], 0,
                              state.shape[-1]), dtype=state.dtype, device=device(state))
             num = _tokens(xp, parts, n, like)
             nums.append((items, xp.reshape(num, (len(items), heads, n, num.shape[-1]))))
@@ -238,20 +240,20 @@ def forward(problem: Any) -> tuple[Array, Array | None, Array, Array | None]:
             return num, None, state, log_scale
         den = num[..., e]
         # an empty row stays one, with or without an epsilon
-        den = xp.where(den == 0, den, den + p.epsilon)
+        den = xp.where(abs(den) <= p.least, 0.0, den + p.epsilon)
         safe = xp.where(den == 0, xp.ones_like(den), den)
         out = xp.where(den[..., None] == 0, 0.0, num[..., :e] / safe[..., None])
     return out, den, state, log_scale
 
 
 def _empty(p: Any) -> tuple[Array, Array | None, Array, Array | None]:
-    """What a forward of no items returns."""
+    """What a forward of no items, or no heads, returns."""
     xp, where = namespace(p.q), device(p.q)
-    acc, (groups, _, e) = accumulator(xp, p.q), p.v.shape[1:]
+    acc, (batch, groups, _, e) = accumulator(xp, p.q), p.v.shape
     rows = tuple(p.q.shape[:3])
     den = xp.zeros(rows, dtype=acc, device=where) if p.normalize else None
-    wide = (0, groups, p.feature_map.width(p.q.shape[3]), e + p.normalize)
-    top = xp.zeros((0, groups), dtype=acc, device=where) if p.feature_map.kind == "exp" else None
+    wide = (batch, groups, p.feature_map.width(p.q.shape[3]), e + p.normalize)
+    top = xp.zeros((batch, groups), dtype=acc, device=where) if p.feature_map.kind == "exp" else None
     return (xp.zeros((*rows, e), dtype=acc, device=where), den,
             xp.zeros(wide, dtype=acc, device=where), top)
 

@@ -70,13 +70,13 @@ def backward(problem: Any, dout: np.ndarray, out: np.ndarray, den: np.ndarray | 
     for name, x in found.items():
         job.describe(f"d{name}", x)
     job.make_states()
-    job.run("linear.by_query", 2)
+    job.run("linear_backward.by_query", 2)
     width = p.v.shape[3] + p.normalize
     later = job.states("later", dstate)
     if job.segments > 1:
-        job.run("linear.later_sums", 1)
+        job.run("linear_backward.later_sums", 1)
         job.join_later(later)
-    job.run("linear.by_key", 2)
+    job.run("linear_backward.by_key", 2)
     return {**found, "state": later[:, :, 0, :, :width]}
 
 
@@ -129,7 +129,7 @@ class Job:
         for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
             self.describe(name, x)
         for name, value in (("scale", made.scale), ("epsilon", made.epsilon),
-                            ("added", p.epsilon)):
+                            ("added", p.epsilon), ("least", p.least)):
             self.record[name] = value
         self.shape = (batch, groups, self.segments, f, w_padded)
         tile = TILE * size
@@ -174,7 +174,9 @@ class Job:
         for segment, (first, last) in enumerate(self.bounds()[:-1]):
             own, before, after = self.state[:, :, segment + 1], *(
                 np.take_along_axis(self.tops, x[:, None, None], axis=2) for x in (first, last))
-            after = np.where((first < last)[:, None, None], after, -np.inf) if self.stable else after
+            if self.stable:
+                # a segment without steps has none
+                after = np.where((first < last)[:, None, None], after, -np.inf)
             new = np.maximum(before, after)
             own *= self.share(after, new)
             own += self.state[:, :, segment] * self.share(before, new)

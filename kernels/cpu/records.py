@@ -141,7 +141,8 @@ LINEAR = np.dtype([
              "den").descr,              # (batch, heads, n), or 0
     ("q", TOKENS), ("k", TOKENS), ("v", TOKENS), ("out", TOKENS), ("dout", TOKENS),
     ("dq", TOKENS), ("dk", TOKENS), ("dv", TOKENS),
-    ("scale", "f8"), ("epsilon", "f8"), ("added", "f8"),    # added to features, to denominators
+    ("scale", "f8"), ("epsilon", "f8"),     # of features
+    ("added", "f8"), ("least", "f8"),       # to denominators; up to which they count as 0
     *_record("at_x at_columns at_phi_q at_phi_k at_dphi at_v at_v_columns at_g at_g_columns at_out "
              "at_a at_b at_turned at_state at_sums at_found at_top at_base at_before at_share "
              "at_den at_delta "

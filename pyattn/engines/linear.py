@@ -30,7 +30,6 @@ from ..checks import (
     require_real,
 )
 from ..differentiable import Saved, gradients
-from ..features.feature_maps import FeatureMap
 from .placement import Placement, place
 from .problem import record
 from .softmax import flat, require_operands, unbroadcast
@@ -87,7 +86,8 @@ class LinearProblem:
     """(B, G, M, D)."""
     v: Array
     """(B, G, M, E)."""
-    feature_map: FeatureMap
+    feature_map: Any
+    """A `FeatureMap` of `pyattn.features.feature_maps`."""
     causal: bool
     normalize: bool
     epsilon: float
@@ -105,6 +105,17 @@ class LinearProblem:
     """(B, G, F, W), acc."""
     log_scale: Array | None = None
     """(B, G), acc; for kind "exp", with `state`."""
+
+    @property
+    def least(self) -> float:
+        """Up to which size a denominator counts as 0.
+
+        That of kind "exp" is relative to the largest key, times how well the query's largest
+        feature meets it: below this there is nothing left to divide without overflow.
+        """
+        if self.feature_map.kind != "exp":
+            return 0.0
+        return 2.0 ** (-900 if arrays.dtype_name(self.q) == "float64" else -100)
 
     def steps(self, n: int, m: int, offset: int) -> list[Step]:
         """Return the steps of an item with n queries and m keys, in order.
@@ -145,7 +156,7 @@ class LinearSaved(Saved):
     q: Array
     k: Array
     v: Array
-    feature_map: FeatureMap
+    feature_map: Any
     """Without its projection, which is kept beside it."""
     projection: Array | None
     causal: bool
@@ -239,7 +250,7 @@ class LinearSaved(Saved):
         return gradients(tuple(found))(**found)
 
 
-def forward(q: Array, k: Array, v: Array, *, feature_map: FeatureMap, causal: bool | str = False,
+def forward(q: Array, k: Array, v: Array, *, feature_map: Any, causal: bool | str = False,
             normalize: bool = True, epsilon: float = 0.0, order: str = "auto",
             chunk: int | None = None, state: Any = None, return_state: bool = False,
             q_lengths: Any = None, kv_lengths: Any = None) -> tuple[Any, LinearSaved]:
@@ -251,7 +262,7 @@ def forward(q: Array, k: Array, v: Array, *, feature_map: FeatureMap, causal: bo
     k : array, shape (..., G, M, D), dtype of `q`
         G divides H.
     v : array, shape (..., G, M, E), dtype of `q`
-    feature_map : FeatureMap
+    feature_map : FeatureMap, of `pyattn.features.feature_maps`
     causal : bool or "top_left"
         Query i sees keys up to ``i + M - N`` (lengths, if given, for M and N), or up to i. A state
         that is given is seen by all queries.
@@ -273,7 +284,9 @@ def forward(q: Array, k: Array, v: Array, *, feature_map: FeatureMap, causal: bo
     Returns
     -------
     array, shape (..., H, N, E), dtype of `q`; and what its backward needs
-        Rows whose weights sum up to 0: 0. With `return_state` ``(out, state)`` for the array.
+        Rows whose weights sum up to 0: 0; with kind "exp" also those whose features fit those of no
+        key, by a factor of 2^-100 (2^-900 in float64). With `return_state` ``(out, state)`` for the
+        array.
     """
     causal = require_choice("causal", causal, (False, True, "top_left"))
     normalize = require_choice("normalize", normalize, (False, True))
@@ -339,7 +352,7 @@ def cheaper(n: int, m: int, f: int, e: int, *, causal: bool = False, offset: int
     return "qk" if pairs * (f + e) <= f * e * (n + m) else "kv"
 
 
-def _given_state(feature_map: FeatureMap, state: Any) -> tuple[Array | None, Array | None]:
+def _given_state(feature_map: Any, state: Any) -> tuple[Array | None, Array | None]:
     """The sums and the log-scale of a state that may be given."""
     if state is None:
         return None, None

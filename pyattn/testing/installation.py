@@ -283,6 +283,8 @@ _VARIANTS: Calls = {
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(10, 4)), {"step": 2, "causal": True}),
     "coarse_fine_attention": lambda draw: (
         tuple(draw(2, 2, 14, 4) for _ in range(3)), {"block_size": 4, "causal": True}),
+    "efficient_attention": lambda draw: (
+        (draw(2, 4, 13, 4), draw(2, 2, 17, 4), draw(2, 2, 17, 3)), {}),
     "gat_attention": lambda draw: (
         (draw(2, 2, 12, 4), draw(2, 4), draw(2, 4), _ring(12)), {}),
     "graph_attention": lambda draw: (

@@ -139,6 +139,10 @@ def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1",
     if isinstance(feature_map, FeatureMap):
         result, attended = engine.forward(q, k, v, feature_map=feature_map, **options)
         return result, LinearAttentionSaved(attended, None)
+    if feature_map == "softmax":
+        raise OptionError("softmax attention is no product of features of queries and keys, so its "
+                          "order cannot be changed; efficient_attention and performer_attention "
+                          "come near it, pyattn.attention is it")
     if not hasattr(feature_map, "forward"):
         raise OptionError(f"feature_map must be one of {', '.join(map(repr, NAMED))}, a FeatureMap "
                           f"or an operation with .forward; got {feature_map!r}")
