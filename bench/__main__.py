@@ -36,6 +36,8 @@ def main() -> int:
                       help="only fixed patterns, at N = 1024, 4096 and 16384")
     some.add_argument("--content", action="store_true",
                       help="only variants that choose keys by content, at N = 2048 to 65536")
+    some.add_argument("--linear", action="store_true",
+                      help="only variants whose time is linear in N, at N = 2048 to 262144")
     parser.add_argument("--targets", action="store_true",
                         help="only rows with a target, and a table of what was reached")
     parser.add_argument("--threads", type=int, nargs="+", default=[len(_cores())], metavar="N",
@@ -60,14 +62,16 @@ def main() -> int:
 
     from .content import CONTENT_ROWS
     from .harness import measure
+    from .linear import LINEAR_ROWS
     from .report import markdown, plot, target_table
     from .rows import ROWS, PatternRow
-    from .targets import CONTENT_TARGETS, PATTERN_TARGETS, TARGETS
+    from .targets import CONTENT_TARGETS, LINEAR_TARGETS, PATTERN_TARGETS, TARGETS
 
     known = {"patterns": ([row for row in ROWS if isinstance(row, PatternRow)], PATTERN_TARGETS),
-             "content": (CONTENT_ROWS, CONTENT_TARGETS)}
+             "content": (CONTENT_ROWS, CONTENT_TARGETS), "linear": (LINEAR_ROWS, LINEAR_TARGETS)}
     chosen = next((name for name in known if getattr(args, name)), None)
-    everything, targets = known[chosen] if chosen else ((*ROWS, *CONTENT_ROWS), TARGETS)
+    everything, targets = known[chosen] if chosen else ((*ROWS, *CONTENT_ROWS, *LINEAR_ROWS),
+                                                        TARGETS)
     rows = [row for row in everything if (row.quick or not args.quick)
             and (not args.targets or any(target.speaks_of(row) for target in targets))
             and (args.rows is None or re.search(args.rows, row.name))]
@@ -99,7 +103,8 @@ def main() -> int:
 def _again(threads: int, args: argparse.Namespace) -> int:
     """Run this command for one number of threads, in a process that starts with all cores."""
     switches = [f"--{name.replace('_', '-')}"
-                for name in ("quick", "patterns", "content", "targets", "list", "no_memory")
+                for name in ("quick", "patterns", "content", "linear", "targets", "list",
+                             "no_memory")
                 if getattr(args, name)]
     values = [f"--{name}={value}" for name in ("rows", "seconds")
               if (value := getattr(args, name)) is not None]

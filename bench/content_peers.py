@@ -33,7 +33,7 @@ def lucidrains_lsh(row: ContentRow, inputs: Inputs, backward: bool) -> Rival:
     """LSHAttention of reformer-pytorch, a head an item of its batch."""
     import torch
 
-    module = _module("reformer_pytorch.reformer_pytorch", own=True)
+    module = load("reformer_pytorch.reformer_pytorch", own=True)
     module.TOKEN_SELF_ATTN_VALUE = ITSELF
     layer = module.LSHAttention(
         bucket_size=row.options["bucket_length"], n_hashes=row.options["num_rounds"],
@@ -58,7 +58,7 @@ def transformers_lsh(row: ContentRow, inputs: Inputs, backward: bool) -> Rival:
     """LSHSelfAttention of transformers, Reformer's."""
     import torch
 
-    module = _module("transformers.models.reformer.modeling_reformer")
+    module = load("transformers.models.reformer.modeling_reformer")
     rounds = row.options["num_rounds"]
     layer = module.LSHSelfAttention(module.ReformerConfig(
         hidden_size=row.heads * row.width, num_attention_heads=row.heads,
@@ -79,7 +79,7 @@ def lucidrains_routing(row: ContentRow, inputs: Inputs, backward: bool) -> Rival
     """KmeansAttention of routing-transformer, whose centroids stay as they are."""
     import torch
 
-    module = _module("routing_transformer.routing_transformer", own=True)
+    module = load("routing_transformer.routing_transformer", own=True)
     # it divides by 1e-5 more than it has added up
     module.scatter_mean = functools.partial(module.scatter_mean, eps=1e-30)
     # causal, it gives the mean of all values where it shows no key
@@ -116,7 +116,7 @@ def lucidrains_nsa(row: ContentRow, inputs: Inputs, backward: bool) -> Rival:
     """
     import torch
 
-    package = _module("native_sparse_attention_pytorch")
+    package = load("native_sparse_attention_pytorch")
     options = row.options
 
     class Mean(torch.nn.Module):
@@ -140,7 +140,7 @@ def lucidrains_nsa(row: ContentRow, inputs: Inputs, backward: bool) -> Rival:
                       backward), None
 
 
-def _module(name: str, *, own: bool = False) -> types.ModuleType:
+def load(name: str, *, own: bool = False) -> types.ModuleType:
     """A package's module without what its import warns of; `own` is a copy, to be changed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

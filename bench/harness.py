@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .content import ContentRow
+from .linear import LinearRow
 from .rivals import JUDGES, RIVALS, Inputs, Unsupported, gemms, reads
 from .rows import PatternRow, Row
 
@@ -255,7 +256,8 @@ def peak_megabytes(row: Row, backward: bool, rival: str) -> float | None:
 
 def _print_peak(request: str) -> None:
     wanted = json.loads(request)
-    [kind] = [kind for kind in (Row, PatternRow, ContentRow) if kind.__name__ == wanted["kind"]]
+    kinds = (Row, PatternRow, ContentRow, LinearRow)
+    [kind] = [kind for kind in kinds if kind.__name__ == wanted["kind"]]
     row = kind(**wanted["row"])
     prepare = RIVALS[row.function][wanted["rival"]]
 

@@ -11,6 +11,7 @@ import pyattn
 
 from .content import DECIDED
 from .harness import Measurement, Spread
+from .linear import LinearRow
 from .targets import DECIDING, MACHINE, MEGABYTES, MICROSECONDS, Target, reached
 
 DENSE = " dense"
@@ -52,6 +53,9 @@ def markdown(measurements: Sequence[Measurement], threads: int,
         lines += ["Tokens are independent normal numbers. Told what to decide (buckets, clusters, "
                   f"lists), pyattn is {DECIDED}: what its ratio lacks to 1 is the share of "
                   "hashing, clustering and selection.", ""]
+    if any(isinstance(found.row, LinearRow) for found in measurements):
+        lines += ["Of variants that sum over keys before queries read them, GFLOP/s count what "
+                  "they multiply out in a forward, and a backward as two.", ""]
     if dropped:
         taken = ", ".join(f"{name}={value}" for name, value in dropped.items())
         lines += [f"Not passed on to the libraries: {taken}.", ""]
@@ -68,7 +72,8 @@ def markdown(measurements: Sequence[Measurement], threads: int,
                   "", *beyond]
     others = {rival: titles for rival, titles in different.items() if rival not in dense}
     if others:
-        lines += ["", "Timed, but not compared, as they have rules of their own for who sees whom:",
+        lines += ["", "Timed, but not compared, as they have rules of their own for who sees whom, "
+                      "or features of their own:",
                   ""]
         lines += [f"- {rival} ({'; '.join(titles)})" for rival, titles in others.items()]
     notes: dict[str, list[str]] = {}

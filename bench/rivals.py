@@ -14,6 +14,8 @@ import numpy as np
 from .calls import Inputs, Rival, Unsupported, torch_call, torch_tensors, torch_to_host
 from .content import CONTENT, DECIDED, ContentRow
 from .content_peers import CONTENT_PEERS
+from .linear import LINEAR, LinearRow
+from .linear_peers import LINEAR_PEERS
 from .peers import PEERS
 from .rows import PATTERNS, PatternRow, Row
 
@@ -253,10 +255,11 @@ def _jax_attention(row: Row, inputs: Inputs, backward: bool) -> Rival:
 
 
 def _over_all_pairs(rival: Callable[[Row, Inputs, bool], Rival]
-                    ) -> Callable[[PatternRow | ContentRow, Inputs, bool], Rival]:
+                    ) -> Callable[[PatternRow | ContentRow | LinearRow, Inputs, bool], Rival]:
     """The rival's call without the pattern, which is compared with nothing."""
 
-    def prepare(row: PatternRow | ContentRow, inputs: Inputs, backward: bool) -> Rival:
+    def prepare(row: PatternRow | ContentRow | LinearRow, inputs: Inputs,
+                backward: bool) -> Rival:
         # where queries are keys, their array is both
         arrays = {name: inputs["qk"] if name in "qk" and "qk" in inputs else inputs[name]
                   for name in ("q", "k", "v", "dout")}
@@ -267,6 +270,7 @@ def _over_all_pairs(rival: Callable[[Row, Inputs, bool], Rival]
 
 VARIANTS = {function for function, _, _ in PATTERNS.values()}
 BY_CONTENT = {found.function for found in CONTENT.values()}
+BY_SUMS = {found.function for found in LINEAR.values()}
 
 RIVALS: dict[str, dict[str, Callable[[Row, Inputs, bool], Rival]]] = {
     "attention": {
@@ -281,11 +285,13 @@ RIVALS: dict[str, dict[str, Callable[[Row, Inputs, bool], Rival]]] = {
        for function in VARIANTS},
     **{function: {"pyattn": _pyattn, "pyattn dense": _over_all_pairs(_pyattn), DECIDED: _decided,
                   **CONTENT_PEERS.get(function, {})} for function in BY_CONTENT},
+    **{function: {"pyattn": _pyattn, "pyattn dense": _over_all_pairs(_pyattn),
+                  **LINEAR_PEERS.get(function, {})} for function in BY_SUMS},
 }
 """By function and by the name that `Row.rivals` uses."""
 
 JUDGES = {"attention": judge, **dict.fromkeys(VARIANTS, judge_variant),
-          **dict.fromkeys(BY_CONTENT, judge_decided)}
+          **dict.fromkeys(BY_CONTENT, judge_decided), **dict.fromkeys(BY_SUMS, judge_variant)}
 """What every rival's result is held against, in float64, before it is timed."""
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from .content import CONTENT, DECIDED, LONGEST
 from .harness import Measurement, Spread
+from .linear import FAR, LINEAR
+from .linear import LENGTHS as LINEAR_LENGTHS
 from .rows import PATTERNS, Row
 
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
@@ -140,6 +142,32 @@ CONTENT_TARGETS = (
     Target(f"MB at N = {LONGEST}", _content(LONGEST), BOTH, 2000, 1000, MEGABYTES),
 )
 """Of the rows of `CONTENT`: those that ``--content`` selects."""
+
+
+def _linear(length: int | str, kind: str = "") -> str:
+    names = "|".join(re.escape(name) for name in LINEAR if name.startswith(kind))
+    return rf"({names}), N={length}, .*"
+
+
+FROM_4096 = "|".join(str(length) for length in LINEAR_LENGTHS if length >= 4096)
+
+LINEAR_TARGETS = (
+    *(Target(f"time per token, N = {LINEAR_LENGTHS[-1]} / 4096, {name}",
+             rf"{re.escape(name)}, N=({FROM_4096}), .*", BOTH, 1.2, 1.05, GROWTH)
+      for name in LINEAR),
+    *(Target(f"pyattn over all pairs, {kind}, N = {length}", _linear(length, kind), BOTH, *wanted,
+             "pyattn dense")
+      for kind in ("linear", "Performer", "efficient", "Linformer")
+      for length, wanted in ((2048, (1, 2)), (FAR, (8, 16)))),
+    *(Target(f"lucidrains, {kind}, N = {FAR}", _linear(FAR, kind), BOTH, *wanted, "lucidrains")
+      for kind, wanted in (("linear", (3, 6)), ("Performer", (3, 6)), ("efficient", (3, 6)),
+                           # matrix products that others have as well are most of it
+                           ("Linformer", (1.5, 2)))),
+    Target("lucidrains, causal Performer", r"Performer, (softmax|ReLU), causal, .*", BOTH, 3, 6,
+           "lucidrains"),
+    Target(f"peak memory / theirs, N = {FAR}", _linear(FAR), BOTH, 0.5, 0.25, MEMORY),
+)
+"""Of the rows of `LINEAR`: those that ``--linear`` selects."""
 
 
 def reached(target: Target, measurements: Iterable[Measurement]) -> dict[str, Spread]:

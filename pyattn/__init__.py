@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from .variants.global_local import global_local_attention
     from .variants.graph import gat_attention, graph_attention
     from .variants.linear import linear_attention
+    from .variants.linformer import linformer_attention
     from .variants.local_2d import local_attention_2d
     from .variants.longformer import longformer_attention
     from .variants.lsh import lsh_attention
     from .variants.nsa import nsa_attention
+    from .variants.performer import performer_attention
     from .variants.random_attention import random_attention
     from .variants.routing import routing_attention
     from .variants.sliding_window import sliding_window_attention
@@ -59,10 +61,12 @@ VARIANTS = {
     "global_local_attention": "variants.global_local",
     "graph_attention": "variants.graph",
     "linear_attention": "variants.linear",
+    "linformer_attention": "variants.linformer",
     "local_attention_2d": "variants.local_2d",
     "longformer_attention": "variants.longformer",
     "lsh_attention": "variants.lsh",
     "nsa_attention": "variants.nsa",
+    "performer_attention": "variants.performer",
     "random_attention": "variants.random_attention",
     "routing_attention": "variants.routing",
     "sliding_window_attention": "variants.sliding_window",

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import pyattn
-from bench import content_peers, harness, rivals
+from bench import content_peers, harness, linear_peers, rivals
 from bench.content import CONTENT, CONTENT_ROWS, DECIDED, LONGEST, ContentRow, content_row
 from bench.harness import Spread
+from bench.linear import LENGTHS as LINEAR_LENGTHS
+from bench.linear import LINEAR, LINEAR_ROWS, LinearRow, linear_row
 from bench.report import markdown, plot, target_table
 from bench.rows import PATTERN_LENGTHS, PATTERNS, ROWS, PatternRow, Row, pattern_row
 from bench.targets import (
@@ -22,6 +24,7 @@ from bench.targets import (
     DECIDING,
     FORWARD,
     GROWTH,
+    LINEAR_TARGETS,
     MACHINE,
     MEGABYTES,
     MEMORY,
@@ -785,6 +788,135 @@ def test_peak_memory_of_a_choice_of_keys():
         pytest.skip("this system does not tell peak memory: no /proc/self/clear_refs")
     result = 8 * 2048 * 64 * 4 / 2**20
     assert 3 * result <= peak < 20 * result     # there are four of them, and operands made anew
+
+
+def few(name):
+    """A row of a variant that sums over keys, in a size for tests."""
+    return dataclasses.replace(linear_row(name, 2048), length=256, heads=2, width=16)
+
+
+@pytest.mark.parametrize(("name", "rival"), [
+    pytest.param(name, rival, id=f"{name}-{rival}") for name in LINEAR
+    for rival in linear_row(name, 2048).rivals])
+@pytest.mark.filterwarnings("ignore")
+def test_every_rival_computes_every_sum_over_keys(name, rival):
+    row = few(name)
+    inputs = row.inputs()
+    try:
+        call, host = rivals.RIVALS[row.function][rival](row, inputs, True)
+    except (ImportError, rivals.Unsupported) as absent:
+        pytest.skip(str(absent))
+    result = call()
+    if rival == "pyattn dense":
+        causal = np.tri(256, dtype=bool) if row.options.get("causal") else None
+        right = rivals.dense(*(inputs[x] for x in "qkv"), dout=inputs["dout"], allowed=causal)
+        assert host is None
+        assert harness.difference(result, right) < 1e-5
+        return
+    if host is None:
+        # of features of their own
+        assert (row.function, rival) == ("linear_attention", "lucidrains")
+        assert all(np.isfinite(x.detach().numpy()).all() for x in result)
+        return
+    right = rivals.JUDGES[row.function](row, inputs, True)
+    assert len(right) == len(inputs)
+    assert harness.difference(host(result), right) <= harness.TOLERANCE["float32"]
+    call, host = rivals.RIVALS[row.function][rival](row, inputs, False)
+    assert harness.difference(host(call()), right[:1]) <= harness.TOLERANCE["float32"]
+
+
+def summed(row, inputs):
+    """The output, from N x M weights; told apart from the variant's code."""
+    q, k, v = (inputs[x].astype(np.float64) for x in "qkv")
+    root = row.width**-0.25
+    if row.function == "linformer_attention":
+        k, v = (inputs[name].astype(np.float64) @ x for name, x in (("e", k), ("f", v)))
+        return rivals.dense(q, k, v)[0]
+    if row.function == "efficient_attention":
+        a, b = (np.exp(x) for x in (q, k))
+        return a / a.sum(-1, keepdims=True) @ ((b / b.sum(-2, keepdims=True)).mT @ v)
+    if row.function == "linear_attention":
+        a, b = (np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) for x in (q, k))
+    elif row.options.get("kernel") == "relu":
+        a, b = (np.maximum(root * x @ row.projection().T, 0) + 1e-3 for x in (q, k))
+    else:
+        a, b = (np.exp(root * x @ row.projection().T.astype(np.float64)
+                       - (x * x).sum(-1, keepdims=True) * root**2 / 2) for x in (q, k))
+    weights = a @ b.mT
+    if row.options.get("causal"):
+        weights = np.tril(weights)
+    return weights @ v / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_a_sum_over_keys_is_judged_by(name):
+    row = few(name)
+    inputs = row.inputs()
+    [judged] = rivals.JUDGES[row.function](row, inputs, False)
+    assert harness.difference([judged], [summed(row, inputs)]) < 1e-6
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_work_is_linear_in_the_tokens(name):
+    rows = [linear_row(name, length) for length in LINEAR_LENGTHS if length >= 4096]
+    per_token = [row.work(True) / row.length for row in rows]
+    assert per_token == [per_token[0]] * len(rows)
+    assert rows[0].work(True) == 3 * rows[0].work(False)
+    assert rows[0].pairs() * rows[1].length == rows[1].pairs() * rows[0].length
+
+
+@pytest.mark.parametrize("target", LINEAR_TARGETS,
+                         ids=lambda target: f"{target.text}, {target.steps}")
+def test_there_is_a_sum_over_keys_for_each_of_their_targets(target):
+    rows = [row for row in LINEAR_ROWS if target.speaks_of(row)]
+    assert rows
+    assert not any(target.speaks_of(row) for row in (*ROWS, *CONTENT_ROWS))
+    if target.against == GROWTH:
+        assert [row.length for row in rows] == [x for x in LINEAR_LENGTHS if x >= 4096]
+    elif target.against == MEMORY:
+        assert all(row.memory for row in rows)
+    else:
+        assert any(target.against in row.rivals for row in rows)
+
+
+def test_how_sums_over_keys_are_counted_is_told():
+    row = few("linear, causal")
+    table = markdown([measurement(row, True, 1.0)], threads=1)
+    assert "a backward as two" in table
+    assert "a backward as two" not in markdown([measurement(ROW, False, 1.0)], threads=1)
+
+
+def test_a_peer_that_needs_too_much_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr(harness, "machine_gigabytes", lambda: 16.0)
+    row = dataclasses.replace(few("Performer, softmax, causal"),
+                              gigabytes=linear_row("Performer, softmax, causal", 4096).gigabytes)
+    found = harness.measure(row, False, seconds=0.0, memory=False)
+    assert "more than half" in found.absent["lucidrains"]
+
+
+def test_a_sum_over_keys_keeps_its_kind_when_shortened():
+    row = linear_row("Linformer, 256 mixtures", 16384)
+    assert row.shortened(128) == linear_row("Linformer, 256 mixtures", 2048)
+    assert isinstance(row.shortened(128), LinearRow)
+    assert row.inputs()["e"].shape == (256, 16384)
+
+
+def test_peak_memory_of_a_sum_over_keys():
+    row = linear_row("linear, causal", 2048)
+    peak = harness.peak_megabytes(row, True, "pyattn")
+    if peak is None:
+        pytest.skip("this system does not tell peak memory: no /proc/self/clear_refs")
+    result = 8 * 2048 * 64 * 4 / 2**20
+    assert 3 * result <= peak < 20 * result
+
+
+def test_performers_say_nothing_of_the_cuda_code_they_lack(capsys):
+    row = few("Performer, ReLU, causal")
+    try:
+        linear_peers.performer(row, row.inputs(), False)
+    except ImportError as absent:
+        pytest.skip(str(absent))
+    assert capsys.readouterr().out == ""
 
 
 def test_peak_memory_counts_what_numpy_allocates():

@@ -26,6 +26,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "lsh_attention": {"num_rounds": 2, "bucket_length": 8, "num_buckets": 8, "rng": 0},
     "nsa_attention": {"window": 15, "block_size": 8, "stride": 4, "select_block": 8,
                       "num_selected": 4},
+    "performer_attention": {"rng": 0},
     "random_attention": {"num_random": 2, "block_size": 8, "rng": 0},
     "routing_attention": {"cluster_size": 16},
     "sliding_window_attention": {"window": 16},

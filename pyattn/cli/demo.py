@@ -43,7 +43,8 @@ TOKENS = 2048
 SAMPLE = 400
 """Characters of a sample; of the one before training, a quarter."""
 
-WITHHELD = ("causal", "reference", "decisions", "return_lse", "return_weights")
+WITHHELD = ("causal", "reference", "decisions", "return_lse", "return_weights", "state",
+            "return_state")
 """Options that the demo does not take; some originals are causal in a way that lets texts leak."""
 
 EVALUATIONS = 8

@@ -1,8 +1,9 @@
 """What comes before an engine: positions, norms, and what content decides.
 
-`lsh_hash`, `kmeans` and `important_blocks` make decisions, integers on the host that are constants
-of every backward. The others are operations with a backward, but for `update_centroids`, which
-moves a state from one step of training to the next.
+`lsh_hash`, `kmeans`, `important_blocks` and `random_projection` make decisions, arrays on the host
+that are constants of every backward. The others are operations with a backward, but for
+`update_centroids`, which moves a state from one step of training to the next, and
+`projection_at`, which tells the draw of a step.
 """
 
 from .clustering import commitment_loss, kmeans, segment_means, update_centroids
@@ -12,9 +13,10 @@ from .hashing import lsh_hash
 from .importance import important_blocks
 from .normalise import standardise, unit_length
 from .positions import add_positions, embedding, rotary, sinusoidal
+from .random_features import projection_at, random_features, random_projection
 
 __all__ = [
-    "FeatureMap", "add_positions", "commitment_loss", "compress", "embedding", "important_blocks", "kmeans",
-    "lsh_hash", "rotary", "segment_means", "sinusoidal", "standardise", "unit_length",
-    "update_centroids",
+    "FeatureMap", "add_positions", "commitment_loss", "compress", "embedding", "important_blocks",
+    "kmeans", "lsh_hash", "projection_at", "random_features", "random_projection", "rotary",
+    "segment_means", "sinusoidal", "standardise", "unit_length", "update_centroids",
 ]

@@ -292,12 +292,16 @@ _VARIANTS: Calls = {
         {"edge_type": np.arange(24) % 3}),
     "linear_attention": lambda draw: (
         (draw(2, 4, 13, 4), draw(2, 2, 17, 4), draw(2, 2, 17, 3)), {"causal": True, "chunk": 4}),
+    "linformer_attention": lambda draw: (
+        (draw(2, 4, 13, 4), draw(2, 2, 17, 4), draw(2, 2, 17, 3), draw(4, 5, 20), draw(5, 20)), {}),
     "longformer_attention": lambda draw: (
         tuple(draw(2, 2, 12, 4) for _ in range(6)), {"window": 2, "global_index": (0, 7)}),
     "lsh_attention": lambda draw: (
         (draw(2, 2, 13, 4), draw(2, 2, 13, 4)),
         {"num_rounds": 2, "bucket_length": 3, "num_buckets": 4, "rng": 0, "causal": True}),
     "nsa_attention": _nsa,
+    "performer_attention": lambda draw: (
+        (draw(2, 4, 13, 4), draw(2, 2, 17, 4), draw(2, 2, 17, 3)), {"causal": True, "rng": 0}),
     "routing_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 3, 4)),
         {"cluster_size": 4, "causal": True}),
