@@ -162,7 +162,8 @@ def performer_attention(q: Array, k: Array, v: Array, *, num_features: int | Non
     reference = require_choice("reference", reference, (False, True))
     if mask is not None:
         raise OptionError("mask must be None, as sums over keys are made before a query reads "
-                          f"them: there are causal, q_lengths and kv_lengths; got {type(mask).__name__}")
+                          "them: there are causal, q_lengths and kv_lengths; got "
+                          f"{type(mask).__name__}")
     require_operands(q, k, v)
     width = q.shape[-1]
     scale = width ** -0.5 if scale is None else require_real("scale", scale)
