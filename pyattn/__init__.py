@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dispatch import explain, use_backend
     from .engines.merge import merge
     from .threads import get_num_threads, set_num_threads
+    from .variants.additive import additive_attention
     from .variants.attention import attention
     from .variants.axial import axial_attention
     from .variants.bigbird import bigbird_attention
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .variants.top_k import top_k_attention
 
 VARIANTS = {
+    "additive_attention": "variants.additive",
     "attention": "variants.attention",
     "axial_attention": "variants.axial",
     "bigbird_attention": "variants.bigbird",

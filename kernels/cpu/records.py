@@ -68,6 +68,13 @@ CHOICE = _record(
     "out "                      # int32 (batch, heads, n, count)
     "q scores names floors held values keys word")     # in scratch
 
+ADDITIVE = _record(
+    "w w_h "                    # (heads, features): what the tanhs are weighted with
+    "dw dw_unit "               # float64 (units, heads of a group, features): partial sums
+    # a thread's scratch in the backward
+    "q dout keys values scores dscores tanhs dkeys dkey_rows dvalues dw_lanes totals words names "
+    "shifts means")
+
 JOB = np.dtype([
     *_record("size operand fold lanes "     # bytes of a number and of an operand, operands that
                                             # lie side by side, numbers in a vector
@@ -97,6 +104,7 @@ JOB = np.dtype([
     ("lists", LISTS), ("near", LISTED_FORWARD), ("far", LISTED_BACKWARD),
     # for the keys of the highest scores
     ("choice", CHOICE), ("floor", "f8"),
+    ("additive", ADDITIVE),
 ])
 
 DELTA = _record("size kind heads n e e_padded "

@@ -27,6 +27,12 @@ Rows of scores and of sums, in place but for `lane_sums` and `row_dots`:
     soft_cap         s = cap * tanh(s / cap) of one row
     select           `fill` where a bit of a 64-bit word is clear
 
+Sums over features of tanh(a + c), one query and 64 keys at a time:
+
+    tanh_sums        scores[r, j] = sum_f w[f] tanh(a[r, f] + c[f, j])
+    tanh_sums_kept   the same for one row, and the tanhs kept
+    tanh_gradients   da, dc, dw += what the gradients of a row's scores bring
+
 Numbers on their way to a product, or to the caller's array:
 
     convert_rows     rows of any dtype and stride times a scale, padded, as operands
@@ -50,7 +56,7 @@ from types import SimpleNamespace
 from numba.extending import intrinsic
 
 from ...host import dot_product, vector_bytes
-from . import layout, listed, products, rows, tiles
+from . import additive, layout, listed, products, rows, tiles
 from .emit import typed
 
 
@@ -129,6 +135,18 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         return typed(rows.select, nbytes, "-", "iif", unit)
 
     @intrinsic
+    def tanh_sums(context, rows, depth, a, a_row, c, w, scores, row, unit):
+        return typed(additive.tanh_sums, nbytes, "-", "iiiiiiii", unit)
+
+    @intrinsic
+    def tanh_sums_kept(context, depth, a, c, w, tanhs, scores, unit):
+        return typed(additive.tanh_sums_kept, nbytes, "-", "iiiiii", unit)
+
+    @intrinsic
+    def tanh_gradients(context, depth, tanhs, dscores, w, words, da, dc, dw, unit):
+        return typed(additive.tanh_gradients, nbytes, "-", "iiiiiiii", unit)
+
+    @intrinsic
     def convert_rows(context, source, source_row, step, kind, rows, count, padded, scale, target,
                      target_row, unit, operand):
         return typed(layout.convert_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
@@ -172,7 +190,8 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         accumulate_rows=accumulate_rows, dots_listed=dots_listed,
         accumulate_listed=accumulate_listed, weigh=weigh, differentiate=differentiate,
         exp_rows=exp_rows, scale_rows=scale_rows, lane_sums=lane_sums, row_dots=row_dots,
-        soft_cap=soft_cap, select=select, convert_rows=convert_rows, gather_rows=gather_rows,
+        soft_cap=soft_cap, select=select, tanh_sums=tanh_sums,
+        tanh_sums_kept=tanh_sums_kept, tanh_gradients=tanh_gradients, convert_rows=convert_rows, gather_rows=gather_rows,
         scatter_rows=scatter_rows, add_rows=add_rows, write_rows=write_rows,
         transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
 
@@ -185,6 +204,8 @@ dots_listed, accumulate_listed = _host.dots_listed, _host.accumulate_listed
 weigh, differentiate, exp_rows = _host.weigh, _host.differentiate, _host.exp_rows
 scale_rows, lane_sums, row_dots = _host.scale_rows, _host.lane_sums, _host.row_dots
 soft_cap, select = _host.soft_cap, _host.select
+tanh_sums, tanh_sums_kept = _host.tanh_sums, _host.tanh_sums_kept
+tanh_gradients = _host.tanh_gradients
 gather_rows, scatter_rows, add_rows = _host.gather_rows, _host.scatter_rows, _host.add_rows
 convert_rows, write_rows, transpose = _host.convert_rows, _host.write_rows, _host.transpose
 pair_rows, round_row, pair_rounded = _host.pair_rows, _host.round_row, _host.pair_rounded
