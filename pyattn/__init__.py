@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .variants.sliding_window import sliding_window_attention
     from .variants.sparse_transformer import sparse_transformer_attention
     from .variants.swin import swin_attention
+    from .variants.talking_heads import talking_heads_attention
     from .variants.temporal import temporal_attention
     from .variants.top_k import top_k_attention
 
@@ -66,6 +67,7 @@ VARIANTS = {
     "sliding_window_attention": "variants.sliding_window",
     "sparse_transformer_attention": "variants.sparse_transformer",
     "swin_attention": "variants.swin",
+    "talking_heads_attention": "variants.talking_heads",
     "temporal_attention": "variants.temporal",
     "top_k_attention": "variants.top_k",
 }

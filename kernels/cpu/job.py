@@ -15,7 +15,7 @@ from . import threads
 from .compile import native
 from .host import dot_product, vector_bytes
 from .memory import CACHE_LINE, address, address_of_buffer, aligned
-from .records import ADDITIVE, JOB, LISTS, PACK, SOURCES, TARGET
+from .records import ADDITIVE, JOB, LISTS, PACK, SOURCES, TALKING, TARGET
 
 TILE = 64
 
@@ -33,7 +33,8 @@ OFFSETS |= {f"{name}.{part}": OFFSETS[name] + PACK.fields[part][1]
 OFFSETS |= {f"{name}.{part}": OFFSETS[name] + TARGET.fields[part][1]
             for name in ("out", "dq", "dk", "dv") for part in TARGET.names}
 OFFSETS |= {f"{name}.{part}": OFFSETS[name] + record.fields[part][1]
-            for name, record in (("lists", LISTS), ("additive", ADDITIVE)) for part in record.names}
+            for name, record in (("lists", LISTS), ("additive", ADDITIVE), ("talking", TALKING))
+            for part in record.names}
 
 _masks: weakref.WeakKeyDictionary[Any, tuple[bytes, list[np.ndarray], float]] = (
     weakref.WeakKeyDictionary())

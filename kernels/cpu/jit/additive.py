@@ -28,7 +28,7 @@ from .masking import (
     next_tiles,
     runs_of,
 )
-from .packing import NO_TOKEN, NOWHERE, TILE, lse_place, pack_tile, row_token
+from .packing import NO_TOKEN, NOWHERE, TILE, add_to_result, lse_place, pack_tile, row_token
 from .vector import (
     differentiate,
     lane_sums,
@@ -161,18 +161,8 @@ def column(job, b, g, t, rows_first, rows_last, dw, scratch, unit, operand):
     if packed:
         rows = scratch + near.dkey_rows
         transpose(dc, TILE, rows, job.d_padded, job.d, TILE, unit)
-        add_rows_to(job.dk, b, g, t * TILE, count, rows, job.d_padded, job.d, unit)
-        add_rows_to(job.dv, b, g, t * TILE, count, dv, job.e_padded, job.e, unit)
-
-
-@part
-def add_rows_to(result, b, h, first, count, rows, padded, width, unit):
-    """Add rows to those of a result from `first` on."""
-    for r in range(count):
-        row = result.at + b * result.b + h * result.h + (first + r) * result.n
-        new, kept = numbers(rows + r * padded * result.size, width, unit), numbers(row, width, unit)
-        for x in range(width):
-            kept[x] += new[x]
+        add_to_result(job.dk, b, g, t * TILE, count, rows, job.d_padded, job.d, unit)
+        add_to_result(job.dv, b, g, t * TILE, count, dv, job.e_padded, job.e, unit)
 
 
 @part
