@@ -24,6 +24,7 @@ CORE = """
     lsh_attention routing_attention
     graph_attention gat_attention top_k_attention bp_attention
     nsa_attention
+    additive_attention talking_heads_attention
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError

@@ -27,7 +27,7 @@ def refuses(problem: Any) -> str | None:
 
 
 def _weights_of_features(slab: Slab) -> Array:
-    """w as (A, 1, g, r, 1, 1)."""
+    """Return w as (A, 1, g, r, 1, 1)."""
     _, g, r = slab.shape
     w = slab.xp.matrix_transpose(slab.problem.w[slab.heads, :])
     return slab.xp.reshape(w, (w.shape[0], 1, g, r, 1, 1))

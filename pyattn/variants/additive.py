@@ -182,7 +182,7 @@ def _check(q: Array, k: Array, v: Array, w_q: Array, w_k: Array, w_score: Array,
 
 
 def _projected(xp: Any, x: Array, w: Array, acc: Any) -> Array:
-    """x w in acc, (..., heads, tokens, A)."""
+    """Return x w in acc, (..., heads, tokens, A)."""
     # what padding holds may be anything
     with np.errstate(all="ignore"):
         return xp.matmul(arrays.cast(xp, x, acc), arrays.cast(xp, w, acc))

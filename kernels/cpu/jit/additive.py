@@ -20,7 +20,6 @@ from .forward import finish
 from .masking import (
     ALL,
     NONE,
-    ONE,
     STRAIGHT,
     TRANSPOSED,
     allowed,
@@ -127,7 +126,7 @@ def backward(place, queue, units, scratch, unit, operand):
 @part
 def column(job, b, g, t, rows_first, rows_last, dw, scratch, unit, operand):
     """Let a tile of keys meet the query tiles `rows_first` to `rows_last`."""
-    size, near, shared = job.size, job.additive, job.heads // job.groups
+    near, shared = job.additive, job.heads // job.groups
     c, v = scratch + near.keys, scratch + near.values
     dc, dv, names = scratch + near.dkeys, scratch + near.dvalues, scratch + near.names
     dw_lanes, totals = scratch + near.dw_lanes, scratch + near.totals
