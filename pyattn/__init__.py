@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dispatch import explain, use_backend
     from .engines.merge import merge
     from .threads import get_num_threads, set_num_threads
+    from .variants.additive import additive_attention
     from .variants.attention import attention
     from .variants.axial import axial_attention
     from .variants.bigbird import bigbird_attention
@@ -48,10 +49,12 @@ if TYPE_CHECKING:
     from .variants.sparse_transformer import sparse_transformer_attention
     from .variants.squeeze_excite import squeeze_excite
     from .variants.swin import swin_attention
+    from .variants.talking_heads import talking_heads_attention
     from .variants.temporal import temporal_attention
     from .variants.top_k import top_k_attention
 
 VARIANTS = {
+    "additive_attention": "variants.additive",
     "attention": "variants.attention",
     "axial_attention": "variants.axial",
     "bigbird_attention": "variants.bigbird",
@@ -81,6 +84,7 @@ VARIANTS = {
     "sparse_transformer_attention": "variants.sparse_transformer",
     "squeeze_excite": "variants.squeeze_excite",
     "swin_attention": "variants.swin",
+    "talking_heads_attention": "variants.talking_heads",
     "temporal_attention": "variants.temporal",
     "top_k_attention": "variants.top_k",
 }

@@ -26,6 +26,7 @@ CORE = """
     nsa_attention
     linear_attention efficient_attention linformer_attention performer_attention
     dynamic_convolution lightweight_convolution squeeze_excite cbam se_cbam
+    additive_attention talking_heads_attention
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError

@@ -81,13 +81,7 @@ def scores_of(slab: Slab, i: slice, j: slice, bits: np.ndarray | None) -> Scores
         bent = xp.tanh(value / problem.softcap)
         value, slope = problem.softcap * bent, 1.0 - bent * bent
 
-    allowed = None
-    if bits is not None:
-        allowed = slab.array(unpack(bits, i.stop - i.start, j.stop - j.start))
-    inside = _inside(slab, i, j)
-    if inside is not None:
-        inside = slab.array(inside[:, None, None, :, :])
-        allowed = inside if allowed is None else allowed & inside
+    allowed = allowed_pairs(slab, i, j, bits)
     if problem.bias is not None:
         bias = _term(slab, problem.bias, i, j)
         value = value + bias
@@ -105,6 +99,18 @@ def scores_of(slab: Slab, i: slice, j: slice, bits: np.ndarray | None) -> Scores
     gate = None if problem.gate is None else xp.broadcast_to(_term(slab, problem.gate, i, j),
                                                             value.shape)
     return Scores(raw, value, slope, allowed, gate)
+
+
+def allowed_pairs(slab: Slab, i: slice, j: slice, bits: np.ndarray | None) -> Array | None:
+    """Which pairs mask and lengths allow, to be broadcast over the rectangle; None for all."""
+    allowed = None
+    if bits is not None:
+        allowed = slab.array(unpack(bits, i.stop - i.start, j.stop - j.start))
+    inside = _inside(slab, i, j)
+    if inside is not None:
+        inside = slab.array(inside[:, None, None, :, :])
+        allowed = inside if allowed is None else allowed & inside
+    return allowed
 
 
 def _inside(slab: Slab, i: slice, j: slice) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from pyattn.arrays import accumulator, namespace
 
 from .scores import Scores, dropout_factor, scores_of
 from .slabs import TILE, Array, Slab, grouped, rows_of, slabs_of, together, walk, zeros
+from .sums import all_finite, weighted
 from .terms import TermGradients
 
 INDEXED = False
@@ -27,23 +28,6 @@ def refuses(problem: Any) -> str | None:
     return None
 
 
-def _all_finite(xp: Any, *arrays: Array) -> bool:
-    return all(bool(xp.all(xp.isfinite(xp.astype(x, accumulator(xp, x))))) for x in arrays)
-
-
-def _apply(xp: Any, weights: Array, x: Array, allowed: Array | None, finite: bool) -> Array:
-    """Weights @ x, in which a pair that is not allowed adds nothing, whatever `x` holds there."""
-    if finite or allowed is None:
-        return xp.matmul(weights, x)
-    total = xp.zeros_like(xp.matmul(weights, x))
-    for j in range(0, x.shape[-2], 8):
-        part = slice(j, min(j + 8, x.shape[-2]))
-        product = weights[..., part][..., None] * x[..., None, part, :]
-        total = total + xp.sum(xp.where(allowed[..., part][..., None], product,
-                                        xp.zeros_like(product)), axis=-2)
-    return total
-
-
 def forward(problem: Any) -> tuple[Array, Array]:
     """Output (B, H, N, E) and log-sum-exp (B, H, N)."""
     xp = namespace(problem.q)
@@ -51,7 +35,7 @@ def forward(problem: Any) -> tuple[Array, Array]:
     if 0 in rows:
         return zeros(problem, (*rows, problem.v.shape[3])), zeros(problem, rows)
     with np.errstate(all="ignore"):
-        finite = _all_finite(xp, problem.v)
+        finite = all_finite(xp, problem.v)
         parts = [[_forward(slab, finite) for slab in row] for row in slabs_of(problem)]
         return (together(xp, [[out for out, _ in row] for row in parts]),
                 together(xp, [[lse for _, lse in row] for row in parts]))
@@ -94,7 +78,7 @@ def _row(slab: Slab, i: slice, pieces: Any, finite: bool) -> tuple[Array, Array]
         total = total * shrink + xp.sum(weight, axis=-1)
         factor = dropout_factor(slab, i, j)
         v = xp.astype(slab.v[:, :, :, j, :], acc)
-        out = out * shrink[..., None] + _apply(
+        out = out * shrink[..., None] + weighted(
             xp, weight if factor is None else weight * factor, v, allowed, finite)
         high = highest
     if problem.sinks is not None:
@@ -200,7 +184,7 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     terms = TermGradients(problem, xp)
     if 0 not in problem.q.shape[:3]:
         with np.errstate(all="ignore"):
-            finite = _all_finite(xp, problem.q, problem.k, dout)
+            finite = all_finite(xp, problem.q, problem.k, dout)
             queries, keys, values, scales = [], [], [], []
             for row in slabs_of(problem):
                 rows = [_rows_pass(slab, dout, lse, delta, finite, terms) for slab in row]
@@ -232,7 +216,7 @@ def _rows_pass(slab: Slab, dout: Array, lse: Array, delta: Array, finite: bool,
             step = _step(slab, i, j, bits, dout, lse, delta)
             # forward: raw = q k'
             k = xp.astype(slab.k[:, :, :, j, :], acc)
-            dq = dq + _apply(xp, step.draw, k, step.allowed, finite)
+            dq = dq + weighted(xp, step.draw, k, step.allowed, finite)
             pulled = xp.where(step.allowed, step.draw * step.scores.raw, 0.0)
             dscale = dscale + xp.sum(pulled, axis=-1)
             terms.add(slab, i, j, step.ds, step.dgate)
@@ -259,10 +243,10 @@ def _columns_pass(slab: Slab, dout: Array, lse: Array, delta: Array,
             dout_i = xp.astype(rows_of(slab, dout, i), acc)
             # forward: raw = q k'
             draw = xp.matrix_transpose(scale * step.draw)
-            dk = dk + xp.sum(_apply(xp, draw, q, allowed, finite), axis=2)
+            dk = dk + xp.sum(weighted(xp, draw, q, allowed, finite), axis=2)
             # forward: out = p v
             p = xp.matrix_transpose(step.p)
-            dv = dv + xp.sum(_apply(xp, p, dout_i, allowed, finite), axis=2)
+            dv = dv + xp.sum(weighted(xp, p, dout_i, allowed, finite), axis=2)
         dks.append(dk)
         dvs.append(dv)
     if not dks:

@@ -15,7 +15,7 @@ from . import threads
 from .compile import native
 from .host import dot_product, vector_bytes
 from .memory import CACHE_LINE, address, address_of_buffer, aligned
-from .records import JOB, LISTS, PACK, SOURCES, TARGET
+from .records import ADDITIVE, JOB, LISTS, PACK, SOURCES, TALKING, TARGET
 
 TILE = 64
 
@@ -32,7 +32,9 @@ OFFSETS |= {f"{name}.{part}": OFFSETS[name] + PACK.fields[part][1]
             for name in ("q", "k", "v", "dout") for part in PACK.names}
 OFFSETS |= {f"{name}.{part}": OFFSETS[name] + TARGET.fields[part][1]
             for name in ("out", "dq", "dk", "dv") for part in TARGET.names}
-OFFSETS |= {f"lists.{part}": OFFSETS["lists"] + LISTS.fields[part][1] for part in LISTS.names}
+OFFSETS |= {f"{name}.{part}": OFFSETS[name] + record.fields[part][1]
+            for name, record in (("lists", LISTS), ("additive", ADDITIVE), ("talking", TALKING))
+            for part in record.names}
 
 _masks: weakref.WeakKeyDictionary[Any, tuple[bytes, list[np.ndarray], float]] = (
     weakref.WeakKeyDictionary())
@@ -157,6 +159,14 @@ class Operands:
         self.alive.append(x)
         self.put(f"{name}.at", address(x), *x.strides[:3], SOURCE_CODES[x.dtype], x.itemsize, onto)
 
+    def put_mask(self, blocks: Any, layout: np.ndarray) -> float:
+        """Make a mask known; return how many tiles it has, over batch and heads."""
+        mask, held, tiles = mask_record(blocks)
+        self.alive.append(held)
+        self.memory[OFFSETS["bits"]:OFFSETS["bits"] + len(mask)] = mask
+        self.put("layout", self.hold(layout, np.int32))
+        return tiles * layout.size
+
     def workspace(self, **sizes: int) -> dict[str, int]:
         """Make room for several arrays of so many bytes; return their addresses, 0 for none."""
         starts, total = sections(tuple(sizes.values()))
@@ -178,11 +188,7 @@ class Job(Operands):
         p = problem
         super().__init__(g, record, p.q, p.k, p.v, p.scale, p.q_lengths, p.kv_lengths, p.q_index,
                          p.k_index)
-        mask, held, tiles = mask_record(p.blocks)
-        self.alive.append(held)
-        self.memory[OFFSETS["bits"]:OFFSETS["bits"] + len(mask)] = mask
-        self.put("layout", self.hold(p.layout, np.int32))
-        self.flops = 2.0 * TILE * TILE * tiles * g.batch * g.heads * (g.d + g.e)
+        self.flops = 2.0 * TILE * TILE * self.put_mask(p.blocks, p.layout) * (g.d + g.e)
         if p.bias is not None or p.gate is not None or p.offsets is not None:
             self.describe_terms(p)
         if p.sinks is not None:

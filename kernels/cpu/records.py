@@ -68,6 +68,23 @@ CHOICE = _record(
     "out "                      # int32 (batch, heads, n, count)
     "q scores names floors held values keys word")     # in scratch
 
+ADDITIVE = _record(
+    "w w_h "                    # (heads, features): what the tanhs are weighted with
+    "dw dw_unit "               # float64 (units, heads of a group, features): partial sums
+    # a thread's scratch in the backward
+    "q dout keys values scores dscores tanhs dkeys dkey_rows dvalues dw_lanes totals words names "
+    "shifts means")
+
+TALKING = _record(
+    "heads rows strip "         # heads of the softmax, rows of a block, numbers of its scores
+    "slots "                    # tiles whose scores a forward has room for, or 0
+    "w_pre w_post b_post "      # (heads of q, heads), (heads, heads of out) and these or 0
+    "delta dq "                 # (batch, heads, n); packed as q is
+    # float64 (units, .): sums for w_post, then b_post, then w_pre
+    "dw dw_unit "
+    # a thread's scratch; scores come with a strip of ones in the backward
+    "products scores dweights mixed dmixed acc dk dv words names tops sums factors row found")
+
 JOB = np.dtype([
     *_record("size operand fold lanes "     # bytes of a number and of an operand, operands that
                                             # lie side by side, numbers in a vector
@@ -97,6 +114,7 @@ JOB = np.dtype([
     ("lists", LISTS), ("near", LISTED_FORWARD), ("far", LISTED_BACKWARD),
     # for the keys of the highest scores
     ("choice", CHOICE), ("floor", "f8"),
+    ("additive", ADDITIVE), ("talking", TALKING),
 ])
 
 DELTA = _record("size kind heads n e e_padded "

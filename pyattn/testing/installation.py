@@ -304,6 +304,9 @@ _FEW_BLOCKS = {"window": 3, "block_size": 4, "stride": 2, "select_block": 8, "nu
                "num_local": 1}
 
 _VARIANTS: Calls = {
+    "additive_attention": lambda draw: (
+        (draw(2, 4, 13, 5), draw(2, 2, 15, 4), draw(2, 2, 15, 3), draw(5, 6), draw(2, 4, 6),
+         draw(4, 6), draw(6)), {"causal": True}),
     "axial_attention": lambda draw: (
         tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
     "bp_attention": lambda draw: (
@@ -341,6 +344,9 @@ _VARIANTS: Calls = {
     "swin_attention": lambda draw: (
         (*(draw(2, 2, 30, 4) for _ in range(3)), draw(25, 2)),
         {"shape": (5, 6), "window": 3, "shift": 1}),
+    "talking_heads_attention": lambda draw: (
+        (draw(2, 4, 13, 4), draw(2, 2, 15, 4), draw(2, 1, 15, 3), draw(4, 3), draw(3, 2), draw(3),
+         draw(2)), {"causal": True}),
     "top_k_attention": lambda draw: (
         tuple(draw(2, 2, 13, 4) for _ in range(3)), {"top": 3, "causal": True}),
 }

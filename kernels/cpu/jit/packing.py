@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..compile import kernel, part
-from .access import fetch_add, load, pack_at, prefetch, rounded, store
+from .access import fetch_add, load, numbers, pack_at, prefetch, rounded, store
 from .vector import (
     add_rows,
     convert_rows,
@@ -208,3 +208,13 @@ def put_back(result, pack, b, h, i, count, rows, padded, width, factors, kept, u
         add_rows(rows, padded, count, width, factors, kept, places, unit)
     else:
         scatter_rows(rows, padded, count, width, factors, places, result.kind, unit)
+
+
+@part
+def add_to_result(result, b, h, first, count, rows, padded, width, unit):
+    """Add `count` rows to those of a result, in acc, from `first` on."""
+    for r in range(count):
+        row = result.at + b * result.b + h * result.h + (first + r) * result.n
+        new, kept = numbers(rows + r * padded * result.size, width, unit), numbers(row, width, unit)
+        for x in range(width):
+            kept[x] += new[x]

@@ -36,6 +36,12 @@ Tiles of features, a token per column:
     decay_pairs      x[r, c] *= exp(tops[c] - bases[r])
     scale_columns    columns times a factor each
 
+Sums over features of tanh(a + c), one query and 64 keys at a time:
+
+    tanh_sums        scores[r, j] = sum_f w[f] tanh(a[r, f] + c[f, j])
+    tanh_sums_kept   the same for one row, and the tanhs kept
+    tanh_gradients   da, dc, dw += what the gradients of a row's scores bring
+
 Numbers on their way to a product, or to the caller's array:
 
     convert_rows     rows of any dtype and stride times a scale, padded, as operands
@@ -59,7 +65,7 @@ from types import SimpleNamespace
 from numba.extending import intrinsic
 
 from ...host import dot_product, vector_bytes
-from . import features, layout, listed, products, rows, shifted, tiles
+from . import additive, features, layout, listed, products, rows, shifted, tiles
 from .emit import typed
 
 
@@ -162,6 +168,18 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         return typed(features.scale_columns, nbytes, "-", "iiii", unit)
 
     @intrinsic
+    def tanh_sums(context, rows, depth, a, a_row, c, w, scores, row, unit):
+        return typed(additive.tanh_sums, nbytes, "-", "iiiiiiii", unit)
+
+    @intrinsic
+    def tanh_sums_kept(context, depth, a, c, w, tanhs, scores, unit):
+        return typed(additive.tanh_sums_kept, nbytes, "-", "iiiiii", unit)
+
+    @intrinsic
+    def tanh_gradients(context, depth, tanhs, dscores, w, words, da, dc, dw, unit):
+        return typed(additive.tanh_gradients, nbytes, "-", "iiiiiiii", unit)
+
+    @intrinsic
     def convert_rows(context, source, source_row, step, kind, rows, count, padded, scale, target,
                      target_row, unit, operand):
         return typed(layout.convert_rows, nbytes, "i", "iiiiiiifii", unit, operand, dot=dot)
@@ -210,7 +228,8 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         add_rows=add_rows, write_rows=write_rows, transpose=transpose, pair_rows=pair_rows,
         round_row=round_row, pair_rounded=pair_rounded, map_features=map_features,
         pull_features=pull_features, exp_columns=exp_columns, decay_pairs=decay_pairs,
-        scale_columns=scale_columns)
+        scale_columns=scale_columns, tanh_sums=tanh_sums, tanh_sums_kept=tanh_sums_kept,
+        tanh_gradients=tanh_gradients)
 
 
 _host = micro_kernels(vector_bytes(), dot_product() or "widened")
@@ -222,6 +241,8 @@ correlate = _host.correlate
 weigh, differentiate, exp_rows = _host.weigh, _host.differentiate, _host.exp_rows
 scale_rows, lane_sums, row_dots = _host.scale_rows, _host.lane_sums, _host.row_dots
 soft_cap, select = _host.soft_cap, _host.select
+tanh_sums, tanh_sums_kept = _host.tanh_sums, _host.tanh_sums_kept
+tanh_gradients = _host.tanh_gradients
 gather_rows, scatter_rows, add_rows = _host.gather_rows, _host.scatter_rows, _host.add_rows
 convert_rows, write_rows, transpose = _host.convert_rows, _host.write_rows, _host.transpose
 pair_rows, round_row, pair_rounded = _host.pair_rows, _host.round_row, _host.pair_rounded
