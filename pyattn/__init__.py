@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dispatch import explain, use_backend
     from .engines.merge import merge
     from .threads import get_num_threads, set_num_threads
+    from .variants.adaptive_span import adaptive_span_attention
     from .variants.additive import additive_attention
     from .variants.attention import attention
     from .variants.axial import axial_attention
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from .variants.coarse_fine import coarse_fine_attention
     from .variants.cross_modal import cross_modal_attention
     from .variants.dynamic_convolution import dynamic_convolution, lightweight_convolution
+    from .variants.dynamic_span import dynamic_span_attention
     from .variants.efficient import efficient_attention
+    from .variants.gated import gated_attention
     from .variants.global_local import global_local_attention
     from .variants.graph import gat_attention, graph_attention
     from .variants.linear import linear_attention
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from .variants.se_cbam import se_cbam
     from .variants.sliding_window import sliding_window_attention
     from .variants.sparse_transformer import sparse_transformer_attention
+    from .variants.sparsebert import sparsebert_attention
     from .variants.squeeze_excite import squeeze_excite
     from .variants.swin import swin_attention
     from .variants.talking_heads import talking_heads_attention
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from .variants.top_k import top_k_attention
 
 VARIANTS = {
+    "adaptive_span_attention": "variants.adaptive_span",
     "additive_attention": "variants.additive",
     "attention": "variants.attention",
     "axial_attention": "variants.axial",
@@ -65,8 +70,10 @@ VARIANTS = {
     "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
     "dynamic_convolution": "variants.dynamic_convolution",
+    "dynamic_span_attention": "variants.dynamic_span",
     "efficient_attention": "variants.efficient",
     "gat_attention": "variants.graph",
+    "gated_attention": "variants.gated",
     "global_local_attention": "variants.global_local",
     "graph_attention": "variants.graph",
     "lightweight_convolution": "variants.dynamic_convolution",
@@ -82,6 +89,7 @@ VARIANTS = {
     "se_cbam": "variants.se_cbam",
     "sliding_window_attention": "variants.sliding_window",
     "sparse_transformer_attention": "variants.sparse_transformer",
+    "sparsebert_attention": "variants.sparsebert",
     "squeeze_excite": "variants.squeeze_excite",
     "swin_attention": "variants.swin",
     "talking_heads_attention": "variants.talking_heads",

@@ -22,6 +22,12 @@ CLUSTERS = 8
 TAPS = 15
 """Of a convolution's kernels."""
 
+MAX_SPAN = 128.0
+"""Tokens."""
+
+FIRST_SHARE = 0.25
+"""Of the longest span, where spans start."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LshHeadsSaved(Saved):
@@ -91,10 +97,16 @@ def routing_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
 def init_routing_layer(rng: Any, width: int, *, num_heads: int, depth: int = 1) -> dict[str, Any]:
     """Fresh parameters for `routing_layer`."""
     rng = np.random.default_rng(rng)
-    block = layers.init_transformer_block(rng, width, num_heads=num_heads, depth=depth)
+    projections = _projections(rng, width, num_heads, depth)
     centroids = rng.standard_normal((num_heads, CLUSTERS, width // num_heads)).astype(np.float32)
-    return {**{name: block[name] for name in ("w_qkv", "w_o", "b_qkv", "b_o")},
+    return {**projections,
             "centroids": centroids / np.linalg.norm(centroids, axis=-1, keepdims=True)}
+
+
+def _projections(rng: Any, width: int, num_heads: int, depth: int) -> dict[str, Any]:
+    """Fresh projections of a block's own attention."""
+    block = layers.init_transformer_block(rng, width, num_heads=num_heads, depth=depth)
+    return {name: block[name] for name in ("w_qkv", "w_o", "b_qkv", "b_o")}
 
 
 def moved_centroids(blocks: list[dict[str, Any]], saved: Any) -> list[dict[str, Any]]:
@@ -122,12 +134,60 @@ def convolution_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
     return layers.dynamic_conv_layer.forward(x, params, num_heads=num_heads, **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class _SpanHeads:
+    """`pyattn.adaptive_span_attention` with these spans, as a function of q, k and v."""
+
+    span: Array
+
+    def forward(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Any]:
+        """Attend."""
+        return pyattn.adaptive_span_attention.forward(q, k, v, self.span, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanLayerSaved(Saved):
+    """The record of the heads and their projections, the shares, and the longest span."""
+
+    heads: Any
+    share: Array
+    max_span: float
+
+    @property
+    def decisions(self) -> dict[str, Array]:
+        """The attention's."""
+        return self.heads.decisions
+
+    def backward(self, dout: Array) -> Any:
+        """Gradients of x and of params; a share at an end can only come back."""
+        grads = self.heads.backward(dout)._asdict()
+        # forward: span = max_span clip(share, 0, 1)
+        pull = self.max_span * grads.pop("span")
+        outward = ((self.share <= 0) & (pull > 0)) | ((self.share >= 1) & (pull < 0))
+        grads["span_share"] = np.where(outward, 0, pull)
+        return gradients(("x", "params"))(grads.pop("x"), grads)
+
+
+@differentiable
+def span_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
+               num_kv_heads: int | None = None, max_span: float = MAX_SPAN,
+               **options: Any) -> tuple[Array, SpanLayerSaved]:
+    """Multi-head attention as far back as each head has learned to, in shares of `max_span`."""
+    projections = {name: w for name, w in params.items() if name != "span_share"}
+    span = max_span * np.clip(params["span_share"], 0, 1)
+    y, saved = layers.multi_head.forward(
+        x, **projections, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        attention=_SpanHeads(span), **options)
+    return y, SpanLayerSaved(saved, params["span_share"], max_span)
+
+
 FUNCTIONS: dict[str, Any] = {"lsh_attention": lsh_heads}
 """Of q, k and v, in place of the variant of that name."""
 
 LAYERS: dict[str, Any] = {
-    "nsa_attention": layers.nsa_layer, "routing_attention": routing_layer,
-    "dynamic_convolution": convolution_layer, "lightweight_convolution": convolution_layer}
+    "adaptive_span_attention": span_layer, "nsa_attention": layers.nsa_layer,
+    "routing_attention": routing_layer, "dynamic_convolution": convolution_layer,
+    "lightweight_convolution": convolution_layer}
 """Of x and parameters of their own, in place of the variant of that name."""
 
 
@@ -140,6 +200,9 @@ def init_layer(name: str, rng: Any, width: int, *, num_heads: int, depth: int,
         return layers.init_dynamic_conv_layer(rng, width, num_heads=num_heads, depth=depth,
                                               kernel_size=TAPS,
                                               lightweight=name == "lightweight_convolution")
+    if name == "adaptive_span_attention":
+        return {**_projections(rng, width, num_heads, depth),
+                "span_share": np.full(num_heads, FIRST_SHARE, np.float32)}
     own = {key: options[key] for key in ("block_size", "compression") if key in options}
     return layers.init_nsa_layer(rng, width, num_heads=num_heads, depth=depth, separate=False,
                                  **own)

@@ -307,6 +307,8 @@ _VARIANTS: Calls = {
     "additive_attention": lambda draw: (
         (draw(2, 4, 13, 5), draw(2, 2, 15, 4), draw(2, 2, 15, 3), draw(5, 6), draw(2, 4, 6),
          draw(4, 6), draw(6)), {"causal": True}),
+    "adaptive_span_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), abs(draw(2)) * 5), {"ramp": 3.0}),
     "axial_attention": lambda draw: (
         tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
     "bp_attention": lambda draw: (
@@ -318,8 +320,13 @@ _VARIANTS: Calls = {
         (draw(2, 4, 13, 4), draw(2, 2, 17, 4), draw(2, 2, 17, 3)), {}),
     "dynamic_convolution": lambda draw: (
         (draw(2, 70, 4), draw(2, 70, 2, 5)), {"causal": True, "span": abs(draw(2)), "ramp": 2.0}),
+    "dynamic_span_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), abs(draw(2, 2, 13)) * 5), {"ramp": 3.0}),
     "gat_attention": lambda draw: (
         (draw(2, 2, 12, 4), draw(2, 4), draw(2, 4), _ring(12)), {}),
+    "gated_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 4, 4)),
+        {"block_size": 4, "kind": "concrete", "rng": 0, "causal": True}),
     "graph_attention": lambda draw: (
         (*(draw(2, 2, 12, 4) for _ in range(3)), _ring(12), draw(3, 2)),
         {"edge_type": np.arange(24) % 3}),
@@ -341,6 +348,9 @@ _VARIANTS: Calls = {
         {"cluster_size": 4, "causal": True}),
     "se_cbam": lambda draw: ((*_gates(draw), draw(3, 3, 2)), {}),
     "squeeze_excite": lambda draw: (_gates(draw), {}),
+    "sparsebert_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 13, 2)),
+        {"hard": False, "rng": 0, "causal": True}),
     "swin_attention": lambda draw: (
         (*(draw(2, 2, 30, 4) for _ in range(3)), draw(25, 2)),
         {"shape": (5, 6), "window": 3, "shift": 1}),
