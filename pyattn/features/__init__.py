@@ -2,7 +2,8 @@
 
 `lsh_hash`, `kmeans` and `important_blocks` make decisions, integers on the host that are constants
 of every backward. The others are operations with a backward, but for `update_centroids`, which
-moves a state from one step of training to the next.
+moves a state from one step of training to the next. `FeatureMap` describes one for the engine of
+linear attention, which applies it.
 """
 
 from .clustering import commitment_loss, kmeans, segment_means, update_centroids
@@ -14,7 +15,7 @@ from .normalise import standardise, unit_length
 from .positions import add_positions, embedding, rotary, sinusoidal
 
 __all__ = [
-    "FeatureMap", "add_positions", "commitment_loss", "compress", "embedding", "important_blocks", "kmeans",
-    "lsh_hash", "rotary", "segment_means", "sinusoidal", "standardise", "unit_length",
+    "FeatureMap", "add_positions", "commitment_loss", "compress", "embedding", "important_blocks",
+    "kmeans", "lsh_hash", "rotary", "segment_means", "sinusoidal", "standardise", "unit_length",
     "update_centroids",
 ]
