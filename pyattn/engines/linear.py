@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import arrays, dispatch
+from .. import arrays, dispatch, masks
 from ..arrays import Array
 from ..checks import (
     DtypeError,
@@ -162,7 +162,8 @@ class LinearSaved(Saved):
     causal: bool
     normalize: bool
     epsilon: float
-    order: str
+    products: str
+    """The order of products that was taken, "qk" or "kv"."""
     chunk: int
     placement: Placement
     state: Array | None
@@ -174,6 +175,11 @@ class LinearSaved(Saved):
     def batch(self) -> tuple[int, ...]:
         """The leading axes."""
         return self.placement.batch
+
+    @property
+    def mask(self) -> masks.Mask:
+        """Which pairs have a weight, by position."""
+        return masks.causal() if self.causal else masks.full()
 
     @property
     def features(self) -> int:
@@ -196,7 +202,7 @@ class LinearSaved(Saved):
                                          strict=True):
             met = [step.rows * step.columns for step in steps(
                 int(n), int(m), int(offset), chunk=self.chunk, causal=self.causal,
-                order=self.order)]
+                order=self.products)]
             pairs += int(count) * heads * sum(met)
             tiles += int(count) * heads * sum(map(bool, met))
             tokens += int(count) * (heads * int(n) + groups * int(m))
@@ -204,7 +210,7 @@ class LinearSaved(Saved):
         flops = 2 * pairs * (f + width)
         if self.projection is not None:
             flops += 2 * tokens * d * f
-        if self.order == "kv":
+        if self.products == "kv":
             flops += 2 * tokens * f * width
         moved = [x for x in (self.q, self.k, self.v, self.out, self.den, self.state)
                  if x is not None]
@@ -318,7 +324,7 @@ def forward(q: Array, k: Array, v: Array, *, feature_map: Any, causal: bool | st
     fields = {"q": q, "k": k, "v": v, "projection": feature_map.projection,
               "feature_map": dataclasses.replace(feature_map, projection=None),
               "causal": bool(causal), "normalize": normalize, "epsilon": float(epsilon),
-              "order": order, "chunk": chunk, "placement": placement, "state": sums,
+              "products": order, "chunk": chunk, "placement": placement, "state": sums,
               "log_scale": log_scale}
     saved = record(LinearSaved, fields)
     if sums is not None:
@@ -394,6 +400,6 @@ def _problem(saved: LinearSaved) -> LinearProblem:
     if log_scale is not None:
         log_scale = arrays.cast(xp, arrays.reshape(xp, log_scale, tuple(k.shape[:2])), acc)
     made = dataclasses.replace(saved.feature_map, projection=saved.projection)
-    return LinearProblem(q, k, v, made, saved.causal, saved.normalize, saved.epsilon, saved.order,
-                         saved.chunk, placed.q_lengths, placed.kv_lengths, placed.offset, state,
-                         log_scale)
+    return LinearProblem(q, k, v, made, saved.causal, saved.normalize, saved.epsilon,
+                         saved.products, saved.chunk, placed.q_lengths, placed.kv_lengths,
+                         placed.offset, state, log_scale)

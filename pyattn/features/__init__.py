@@ -4,7 +4,8 @@
 constants of every backward. `update_centroids`, `update_importance` and `update_baseline` move a
 state from one step of training to the next. The others are operations with a backward, but for what
 measures or schedules or exports: `connection_importance`, `policy_gradient`, `pruning_schedule`,
-`projection_at`, `prune_weights`, `gate_mask`, `sparsebert_mask`.
+`projection_at`, `prune_weights`, `gate_mask`, `sparsebert_mask`, and `FeatureMap`, which describes
+what the engine of linear attention applies.
 """
 
 from .clustering import commitment_loss, kmeans, segment_means, update_centroids

@@ -31,7 +31,7 @@ class LinearAttentionSaved(Saved):
     @property
     def order(self) -> str:
         """The order that was taken, "qk" or "kv"."""
-        return self.attended.order
+        return self.attended.products
 
     def backward(self, dout: Array, dstate: Any = None) -> Any:
         """Gradients of q, k, v, and of the state where one was given."""
