@@ -161,8 +161,9 @@ def performer_attention(q: Array, k: Array, v: Array, *, num_features: int | Non
     require_choice("kernel", kernel, KERNELS)
     reference = require_choice("reference", reference, (False, True))
     if mask is not None:
-        raise OptionError("mask must be None, as sums over keys are made before a query reads them: "
-                          f"there are causal, q_lengths and kv_lengths; got {type(mask).__name__}")
+        raise OptionError("mask must be None, as sums over keys are made before a query reads "
+                          "them: there are causal, q_lengths and kv_lengths; got "
+                          f"{type(mask).__name__}")
     require_operands(q, k, v)
     width = q.shape[-1]
     scale = width ** -0.5 if scale is None else require_real("scale", scale)
