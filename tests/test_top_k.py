@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from pyattn.kernels.array_api import selection
+from pyattn.kernels.array_api.selection import highest
 from table import Shape
 
 import pyattn
 from pyattn import masks
 from pyattn.checks import DtypeError, OptionError, ShapeError
-from pyattn.features import selection
-from pyattn.features.selection import highest
 from pyattn.testing import gradcheck
 
 BACKENDS = ["cpu", "array_api"]
@@ -282,3 +282,29 @@ def test_no_array_of_all_scores_is_made():
     finally:
         tracemalloc.stop()
     assert peak < 4096 * 4096 * 4 / 2
+
+
+ORDERS = {"ascending": lambda j: j, "descending": lambda j: -j, "few values": lambda j: j % 3,
+          "all equal": lambda j: 0 * j, "saw": lambda j: j * 37 % 101,
+          "infinite": lambda j: np.where(j % 5 == 0, np.inf, j),
+          "mixed signs": lambda j: (-1.0) ** j * j,
+          "no numbers": lambda j: np.where(j % 7, j, np.nan),
+          "tiny": lambda j: (j % 90 - 45) * 5e-324}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("top", [1, 15, 64, 400])
+def test_whatever_the_order_of_scores_the_same_keys_are_chosen(order, dtype, top):
+    """Of scores that are the keys themselves, of width 1."""
+    n, m = 70, 700
+    with np.errstate(under="ignore"):
+        scores = ORDERS[order](np.arange(m, dtype=np.float64)).astype(dtype)
+    q, k = np.ones((1, n, 1), dtype), scores[None, :, None]
+    ranks = np.where(np.isnan(scores), np.inf, scores)
+    first = pyattn.top_k_attention.forward(
+        q, k, np.ones_like(k), top=top, scale=1.0, causal=True)[1].decisions["indices"]
+    for i in range(n):
+        seen = ranks[:m - n + i + 1]
+        want = sorted(sorted(range(len(seen)), key=lambda j: (-seen[j], j))[:top])
+        assert first[0, i, :len(want)].tolist() == want

@@ -14,7 +14,8 @@ from .philox import kept
 from .slabs import TILE, Array, Slab
 
 
-def _unpack(words: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def unpack(words: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Return which pairs of a tile's first rows and columns its words allow."""
     return np.unpackbits(words.view(np.uint8).reshape(TILE, 8), axis=1,
                          bitorder="little")[:rows, :columns].astype(bool)
 
@@ -82,7 +83,7 @@ def scores_of(slab: Slab, i: slice, j: slice, bits: np.ndarray | None) -> Scores
 
     allowed = None
     if bits is not None:
-        allowed = slab.array(_unpack(bits, i.stop - i.start, j.stop - j.start))
+        allowed = slab.array(unpack(bits, i.stop - i.start, j.stop - j.start))
     inside = _inside(slab, i, j)
     if inside is not None:
         inside = slab.array(inside[:, None, None, :, :])

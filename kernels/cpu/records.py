@@ -63,6 +63,11 @@ LISTED_FORWARD = _record("q acc sums tops places rows row_sums row_tops product 
 LISTED_BACKWARD = _record("k_rows k_columns k_pairs v_columns places q dout q_pairs dout_pairs "
                           "shifts means weights dscores slopes product operand words")
 
+CHOICE = _record(
+    "top room count "           # scores wanted, held, and numbers to a list
+    "out "                      # int32 (batch, heads, n, count)
+    "q scores names floors held values keys word")     # in scratch
+
 JOB = np.dtype([
     *_record("size operand fold lanes "     # bytes of a number and of an operand, operands that
                                             # lie side by side, numbers in a vector
@@ -90,6 +95,8 @@ JOB = np.dtype([
     ("back", BACKWARD_SCRATCH),
     # for listed blocks of keys
     ("lists", LISTS), ("near", LISTED_FORWARD), ("far", LISTED_BACKWARD),
+    # for the keys of the highest scores
+    ("choice", CHOICE), ("floor", "f8"),
 ])
 
 DELTA = _record("size kind heads n e e_padded "

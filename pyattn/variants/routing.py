@@ -392,8 +392,9 @@ def _top(xp: Any, q: Array, k: Array, v: Array, found: list[np.ndarray],
 def _divided(xp: Any, x: Array, lists: np.ndarray) -> Array:
     """Divide tokens (I, N, D) by how often they are listed."""
     items, n, _ = x.shape
-    times = np.zeros((items, n + 1), np.int64)
-    np.add.at(times, (np.arange(items)[:, None], lists), 1)
-    times = np.maximum(times[:, :n], 1)[..., None]
+    # one more than there are tokens: what is none comes before the first
+    place = lists.astype(np.int64) + 1 + np.arange(items)[:, None] * (n + 1)
+    times = np.bincount(place.ravel(), minlength=items * (n + 1)).reshape(items, n + 1)
+    times = np.maximum(times[:, 1:], 1)[..., None]
     return arrays.cast(xp, x / xp.astype(arrays.from_host(xp, times, arrays.device(x)), x.dtype),
                        x.dtype)

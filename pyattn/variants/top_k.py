@@ -23,8 +23,8 @@ from ..differentiable import ON_HOST, Saved, differentiable
 from ..engines import edges as engine
 from ..engines.edges import Edges, EdgesSaved
 from ..engines.placement import place
+from ..engines.selection import select_keys
 from ..engines.softmax import require_operands
-from ..features.selection import select_keys
 from ..masks.algebra import host_array
 
 CAUSAL = masks.causal()
@@ -109,10 +109,10 @@ def top_k_attention(q: Array, k: Array, v: Array, *, top: int, threshold: float 
 
     Notes
     -----
-    The selection is exact and scores all allowed pairs: O(N M D) time, some 500 thousand scores at
-    a time. Only what follows, and the backward, is O(N top (D + E)). Kept for backward: the
-    arguments, the lists, the output and the log-sum-exp. The selection has no gradient, so pairs
-    that are not selected have none. A score that is NaN counts as the largest.
+    The selection is exact and scores all allowed pairs, tile by tile: O(N M D) time. Only what
+    follows, and the backward, is O(N top (D + E)). Kept for backward: the arguments, the lists, the
+    output and the log-sum-exp. The selection has no gradient, so pairs that are not selected have
+    none. A score that is NaN counts as the largest.
 
     References
     ----------

@@ -52,6 +52,7 @@ from .packing import (
     put_back,
     row_token,
 )
+from .strips import WORD, add_seen, add_seen_transposed, multiply_seen
 from .terms import (
     add_terms,
     cap_scores,
@@ -280,40 +281,49 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
             dout_pairs = job.dout.pairs + at_dout if job.fold > 1 else dout
             # what lies beyond the last query or key are zeros that pairs of operands may need
             depth, met = (TILE, TILE) if job.fold > 1 else (rows, count)
+            name = load(names, np.int64(0))
+            masked = name >= 0 or count < TILE or job.bias.at != 0 or job.gate.at != 0
+            if masked:
+                for r in range(depth):
+                    store(words + WORD * r,
+                          allowed(job.bits, name, r, count) if r < rows else NONE)
+            strips = name >= 0 and job.fold == 1
             if job.short:
                 # what the forward did, to the bit
                 dots(rows, count, job.d, q, job.d_padded, k_at, job.k.n, job.k.kind, weights, TILE,
                      unit)
+            elif strips:
+                multiply_seen(job, rows, job.d_depth, q, job.d_padded, k_columns, words, WORD,
+                              weights, TILE, unit, operand)
             else:
                 multiply(depth, TILE, job.d_depth, q, job.d_padded, 1, k_columns, TILE * job.fold,
                          weights, TILE, 0, unit, operand)
-            multiply(depth, TILE, job.e_depth, dout, job.e_padded, 1, v_columns, TILE * job.fold,
-                     dscores, TILE, 0, unit, operand)
+            if strips:
+                multiply_seen(job, rows, job.e_depth, dout, job.e_padded, v_columns, words, WORD,
+                              dscores, TILE, unit, operand)
+            else:
+                multiply(depth, TILE, job.e_depth, dout, job.e_padded, 1, v_columns,
+                         TILE * job.fold, dscores, TILE, 0, unit, operand)
             row = space + place * TILE * size
-            masked = gradient_tile(job, b, h, tile, t, row, rows, depth, count,
-                                   load(names, np.int64(0)), chunk, copy, table, scratch, unit)
-            dq = space + job.dq_sums + place * TILE * job.d_padded * size
+            gradient_tile(job, b, h, tile, t, row, rows, depth, count, masked, chunk, copy, table,
+                          scratch, unit)
+            # dv += p^T dout
             exact = masked and load(space + job.dout.notes + place, np.uint8(0)) != 0
-            if exact:
-                exact_product(job, rows, job.e, weights, TILE, words, 8, TRANSPOSED, dout_pairs, dv,
-                              job.e_padded, unit, operand)
-            else:
-                # dv += p^T dout
-                add_transposed(job, depth, met, weights, dout_pairs, job.e_padded, dv, turned,
-                               unit, operand)
+            add_weighted(job, rows, depth, met, weights, words, strips, exact, dout_pairs, job.e,
+                         job.e_padded, dv, turned, unit, operand)
+            # dk += dscore^T q
             exact = masked and load(space + job.q.notes + place, np.uint8(0)) != 0
-            if exact:
-                exact_product(job, rows, job.d, dscores, TILE, words, 8, TRANSPOSED, q_pairs, dk,
-                              job.d_padded, unit, operand)
-            else:
-                # dk += dscore^T q
-                add_transposed(job, depth, met, dscores, q_pairs, job.d_padded, dk, turned, unit,
-                               operand)
+            add_weighted(job, rows, depth, met, dscores, words, strips, exact, q_pairs, job.d,
+                         job.d_padded, dk, turned, unit, operand)
+            # dq += dscore k
+            dq = space + job.dq_sums + place * TILE * job.d_padded * size
             if masked and strange_k:
                 exact_product(job, rows, job.d, dscores, TILE, words, 8, STRAIGHT, k_pairs, dq,
                               job.d_padded, unit, operand)
+            elif strips:
+                add_seen(job, rows, job.d_padded, dscores, TILE, words, WORD, k_pairs, dq, unit,
+                         operand)
             else:
-                # dq += dscore k
                 if job.fold > 1:
                     for r in range(depth):
                         row = dscores + r * TILE * size
@@ -322,6 +332,22 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
                          job.d_padded * job.fold, dq, job.d_padded, 1, unit, operand)
     write_tile(job, job.k, b, g, t, dk, job.d, job.d_padded, job.dk_sums, job.dk, unit)
     write_tile(job, job.v, b, g, t, dv, job.e, job.e_padded, job.dv_sums, job.dv, unit)
+
+
+@part
+def add_weighted(job, rows, depth, met, tile, words, strips, exact, source, width, padded, target,
+                 turned, unit, operand):
+    """Add tile^T @ source to target as `add_transposed` does, or by the words of the `rows`.
+
+    That is done strip by strip, or pair by pair if it must be exact.
+    """
+    if exact:
+        exact_product(job, rows, width, tile, TILE, words, 8, TRANSPOSED, source, target, padded,
+                      unit, operand)
+    elif strips:
+        add_seen_transposed(job, rows, padded, tile, words, source, target, unit, operand)
+    else:
+        add_transposed(job, depth, met, tile, source, padded, target, turned, unit, operand)
 
 
 @part
@@ -359,23 +385,19 @@ def write_tile(job, pack, b, g, t, tile, width, padded, sums, result, unit):
 
 
 @part
-def gradient_tile(job, b, h, row_tile, key_tile, at, rows, depth, keys, name, chunk, copy, table,
-                  scratch, unit):
+def gradient_tile(job, b, h, row_tile, key_tile, at, rows, depth, keys, masked, chunk, copy,
+                  table, scratch, unit):
     """Turn products into a tile's weights, as they meet v, and the gradients of its products q.k.
 
-    They lie in scratch as `weights` and `dscores`, the rows' words as `words`. The gradients of the
-    terms are added to theirs. What belongs to rows lies at `at`. Return whether pairs may be
-    masked, so that the words count.
+    They lie in scratch as `weights` and `dscores`, and as `words` the rows' words, which count if
+    some pairs may be `masked`. The gradients of the terms are added to theirs. What belongs to rows
+    lies at `at`.
     """
     size = job.size
     i0, j0 = row_tile * TILE, key_tile * TILE
     weights, dscores = scratch + job.back.weights, scratch + job.back.dscores
     words = scratch + job.back.words
     buffer = numbers(scratch + job.back.row, TILE, unit)
-    masked = name >= 0 or keys < TILE or job.bias.at != 0 or job.gate.at != 0
-    if masked:
-        for r in range(depth):
-            store(words + 8 * r, allowed(job.bits, name, r, keys) if r < rows else NONE)
     if job.bias.at or job.offsets:
         for r in range(rows if job.softcap == 0 else 0):
             add_terms(job, b, h, i0 + r, j0, keys, weights + r * TILE * size, words + 8 * r, buffer,
@@ -399,7 +421,6 @@ def gradient_tile(job, b, h, row_tile, key_tile, at, rows, depth, keys, name, ch
                 ds[x] *= slope[x]
             if masked:
                 select(dscores + row, load(words + 8 * r, ONE), 0.0, unit)
-    return masked
 
 
 @part

@@ -31,6 +31,7 @@ from .masking import (
     runs_of,
 )
 from .packing import NOWHERE, TILE, expect_result, pack_tile, put_back, token_at
+from .strips import add_seen, multiply_seen
 from .terms import add_terms, cap_scores, clear, dropout_row, term_row
 from .vector import (
     enter_tiles,
@@ -120,18 +121,23 @@ def attend(job, b, h, t, k_at, v_at, notes, strange_group, scratch, unit, operan
         count = min(tiles * TILE, keys - tile * TILE)
         masked = (any_named(names, tiles) or count < tiles * TILE or job.bias.at != 0
                   or job.gate.at != 0)
-        strange = strange_group
-        for u in range(tiles):
-            multiply(rows, TILE, job.d_depth, q, job.d_padded, 1,
-                     k_at + (tile + u) * TILE * job.d_depth * job.operand, TILE * job.fold,
-                     scores + u * TILE * size, width, 0, unit, operand)
-            strange |= notes != 0 and load(notes + tile + u, np.uint8(0)) != 0
         if masked:
             for r in range(rows):
                 for u in range(tiles):
                     store(words + 8 * (r * most + u),
                           allowed(job.bits, load(names + 8 * u, np.int64(0)), r,
                                   keys - (tile + u) * TILE))
+        strange, strips = strange_group, False
+        for u in range(tiles):
+            columns = k_at + (tile + u) * TILE * job.d_depth * job.operand
+            if job.fold == 1 and load(names + 8 * u, np.int64(0)) >= 0:
+                strips = True
+                multiply_seen(job, rows, job.d_depth, q, job.d_padded, columns, words + 8 * u,
+                              8 * most, scores + u * TILE * size, width, unit, operand)
+            else:
+                multiply(rows, TILE, job.d_depth, q, job.d_padded, 1, columns, TILE * job.fold,
+                         scores + u * TILE * size, width, 0, unit, operand)
+            strange |= notes != 0 and load(notes + tile + u, np.uint8(0)) != 0
         if changed:
             for r in range(rows):
                 change_row(job, b, h, t * TILE + r, tile * TILE, tiles, count,
@@ -154,6 +160,10 @@ def attend(job, b, h, t, k_at, v_at, notes, strange_group, scratch, unit, operan
                 exact_product(job, rows, job.e, scores + u * TILE * size, width, words + 8 * u,
                               8 * most, STRAIGHT, v + u * TILE * job.e_padded * job.operand, acc,
                               job.e_padded, unit, operand)
+        elif strips:
+            for u in range(tiles):
+                add_seen(job, rows, job.e_padded, scores + u * TILE * size, width, words + 8 * u,
+                         8 * most, v + u * TILE * job.e_padded * size, acc, unit, operand)
         else:
             if job.fold > 1:
                 for r in range(rows):

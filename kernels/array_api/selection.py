@@ -1,21 +1,46 @@
-"""Which keys score highest, exactly, without an array of all scores.
-
-Letters: B batch items, H query heads, G key/value heads, N queries, M keys, D width.
-"""
+"""Which keys score highest, exactly, a block of queries at a time."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
-from .. import arrays
-from ..arrays import Array
-from ..masks.bits import TILE, unpack
-from ..masks.block_mask import BlockMask
+from pyattn.arrays import accumulator, cast, device, from_host, namespace, to_host
+
+from .scores import unpack
+from .slabs import TILE, Array
 
 SCORED = 2**19
 """Scores that are looked at together, at most, but for one tile of queries."""
+
+
+def refuses(problem: Any) -> str | None:
+    """Say why `problem` cannot run here; there is no such reason."""
+    return None
+
+
+def forward(problem: Any, top: int, floor: float) -> np.ndarray:
+    """Return numbers of keys (B, H, N, min(top, M)), int32, ascending, then -1."""
+    p, xp = problem, namespace(problem.q)
+    acc = accumulator(xp, p.q)
+    batch, heads, n, _ = p.q.shape
+    groups, m = p.k.shape[1], p.k.shape[2]
+    found = np.full((batch, heads, n, min(top, m)), -1, np.int32)
+    step = max(1, SCORED // (TILE * max(1, m))) * TILE
+    with np.errstate(all="ignore"):
+        for b in range(batch):
+            ends = min(n, int(p.q_lengths[b])), min(m, int(p.kv_lengths[b]))
+            for h in range(heads):
+                keys = cast(xp, p.k[b, h // (heads // groups), :, :], acc)
+                for i in range(0, ends[0], step):
+                    rows = slice(i, min(i + step, ends[0]))
+                    reach, allowed = _allowed(p.blocks, int(p.layout[b, h]), rows, ends[1])
+                    chosen = _highest(p.scale[h] * cast(xp, p.q[b, h, rows, :], acc),
+                                      keys[:reach, :], allowed, top, floor)
+                    found[b, h, rows, :chosen.shape[1]] = chosen
+    return found
 
 
 def highest(scores: np.ndarray, top: int, floor: float = -math.inf) -> np.ndarray:
@@ -38,7 +63,7 @@ def highest(scores: np.ndarray, top: int, floor: float = -math.inf) -> np.ndarra
     Examples
     --------
     >>> import numpy as np
-    >>> from pyattn.features.selection import highest
+    >>> from pyattn.kernels.array_api.selection import highest
     >>> highest(np.array([[3., 5., 3., 3.], [1., -np.inf, -np.inf, -np.inf]]), 2)
     array([[ 0,  1],
            [ 0, -1]], dtype=int32)
@@ -65,58 +90,10 @@ def highest(scores: np.ndarray, top: int, floor: float = -math.inf) -> np.ndarra
     return found
 
 
-def select_keys(q: Array, k: Array, blocks: BlockMask, layout: np.ndarray, q_lengths: np.ndarray,
-                kv_lengths: np.ndarray, *, top: int, scale: float,
-                threshold: float | None = None) -> np.ndarray:
-    """Return the keys of the highest ``scale * q.k`` among those that each query may see.
-
-    Parameters
-    ----------
-    q : array, shape (B, H, N, D)
-    k : array, shape (B, G, M, D)
-    blocks, layout : BlockMask, and int (B, H)
-        Which pairs are allowed: the layout that each item and head reads.
-    q_lengths, kv_lengths : int array, shape (B,)
-        Tokens from here on are padding.
-    top, scale
-        How many keys at most; the scale.
-    threshold : float, optional
-        Keys must score above it.
-
-    Returns
-    -------
-    int32 array on the host, shape (B, H, N, min(top, M))
-        As `highest` has it. Scores are float32, or float64 for float64.
-    """
-    batch, heads, n, _ = q.shape
-    groups, m = k.shape[1], k.shape[2]
-    floor = -math.inf if threshold is None else threshold
-    found = np.full((batch, heads, n, min(top, m)), -1, np.int32)
-    step = max(1, SCORED // (TILE * max(1, m))) * TILE
-    with np.errstate(all="ignore"):
-        for b in range(batch):
-            ends = min(n, int(q_lengths[b])), min(m, int(kv_lengths[b]))
-            for g in range(groups):
-                keys = _wide(k[b, g, :, :])
-                for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
-                    for i in range(0, ends[0], step):
-                        rows = slice(i, min(i + step, ends[0]))
-                        reach, allowed = _allowed(blocks, int(layout[b, h]), rows, ends[1])
-                        chosen = _highest(scale * _wide(q[b, h, rows, :]), keys[:reach, :],
-                                          allowed, top, floor)
-                        found[b, h, rows, :chosen.shape[1]] = chosen
-    return found
-
-
-def _wide(x: Array) -> Array:
-    xp = arrays.namespace(x)
-    return arrays.cast(xp, x, arrays.accumulator(xp, x))
-
-
 def _highest(q: Array, k: Array, allowed: np.ndarray | None, top: int,
              floor: float) -> np.ndarray:
     """`highest` of the products of one block."""
-    xp = arrays.namespace(q, k)
+    xp = namespace(q, k)
     scores = xp.matmul(q, xp.matrix_transpose(k))
     if type(scores) is np.ndarray:
         if allowed is not None:
@@ -126,15 +103,15 @@ def _highest(q: Array, k: Array, allowed: np.ndarray | None, top: int,
     infinite = xp.full_like(scores, math.inf)
     scores = xp.where(xp.isnan(scores), infinite, scores)
     if allowed is not None:
-        scores = xp.where(arrays.from_host(xp, allowed, arrays.device(q)), scores, -infinite)
+        scores = xp.where(from_host(xp, allowed, device(q)), scores, -infinite)
     order = xp.argsort(-scores, axis=-1, stable=True)[:, :top]
     above = xp.take_along_axis(scores, order, axis=-1) > floor
-    chosen = np.where(arrays.to_host(above), arrays.to_host(order), k.shape[0])
+    chosen = np.where(to_host(above), to_host(order), k.shape[0])
     chosen = np.sort(chosen, axis=-1)
     return np.where(chosen < k.shape[0], chosen, -1).astype(np.int32)
 
 
-def _allowed(blocks: BlockMask, layout: int, rows: slice,
+def _allowed(blocks: Any, layout: int, rows: slice,
              limit: int) -> tuple[int, np.ndarray | None]:
     """How far the keys reach that these queries see, and which of those; None for all.
 
@@ -159,5 +136,5 @@ def _allowed(blocks: BlockMask, layout: int, rows: slice,
             else:
                 for u in range(at, min(at + count, -(-reach // TILE))):
                     bits = blocks.bits[runs.names[name + u - at]]
-                    allowed[t, :, u * TILE:(u + 1) * TILE] = unpack(bits[None])[0]
+                    allowed[t, :, u * TILE:(u + 1) * TILE] = unpack(bits, TILE, TILE)
     return reach, allowed.reshape(tiles * TILE, -1)[:rows.stop - rows.start, :reach]
