@@ -195,16 +195,20 @@ def test_chunks_and_orders_agree(causal, kind, backend):
 
 
 def test_auto_takes_the_order_with_fewer_products():
-    for d, e in ((16, 16), (8, 32)):
+    for d, e, chunk in ((16, 16, None), (8, 32, None), (96, 96, 500)):
         # n n (d + e) against d e 2 n
         flip = 2 * d * e // (d + e)
         for n, order in ((flip, "qk"), (flip + 1, "kv")):
             q, k, v = draw(Shape((), 1, 1, n, n, d, e))
-            saved = pyattn.linear_attention.forward(q, k, v)[1]
+            saved = pyattn.linear_attention.forward(q, k, v, chunk=chunk)[1]
             assert saved.order == order == cheaper(n, n, d, e)
             other = "kv" if order == "qk" else "qk"
-            np.testing.assert_allclose(pyattn.linear_attention(q, k, v, order=other),
+            np.testing.assert_allclose(pyattn.linear_attention(q, k, v, order=other, chunk=chunk),
                                        saved.attended.out, rtol=1e-11, atol=1e-13)
+    # beyond a chunk there are steps in any case
+    assert cheaper(96, 96, 96, 96) == "qk"
+    few = np.s_[..., :96, :]
+    assert pyattn.linear_attention.forward(q[few], k[few], v[few])[1].order == "kv"
     # fewer pairs are allowed where each query sees half of them
     assert cheaper(20, 20, 16, 16, causal=True) == "qk"
     assert pyattn.linear_attention.forward(q[:, :2], k[:, :2], v[:, :2], return_state=True)[
@@ -212,8 +216,8 @@ def test_auto_takes_the_order_with_fewer_products():
 
 
 def test_steps_cover_every_pair_once():
-    for n, m, offset, chunk in ((5, 9, 4, 4), (9, 5, -4, 4), (9, 5, 0, 3), (1, 9, 8, 4), (0, 3, 3, 2),
-                                (3, 0, -3, 2)):
+    for n, m, offset, chunk in ((5, 9, 4, 4), (9, 5, -4, 4), (9, 5, 0, 3), (1, 9, 8, 4),
+                                (0, 3, 3, 2), (3, 0, -3, 2)):
         for causal in (False, True):
             met = np.zeros((n, m), int)
             state = []
@@ -275,7 +279,8 @@ def test_the_state_is_the_sum_over_keys(kind, backend):
         (_, state), _ = engine.forward(q, k, v, feature_map=made(kind, 8), causal=True,
                                        normalize=kind != "identity", return_state=True)
     exact = oracle.exact(np.float64)
-    phi, ones = features(made(kind, 8), k, exact)[0], np.ones((*v.shape[:-1], int(kind != "identity")))
+    phi = features(made(kind, 8), k, exact)[0]
+    ones = np.ones((*v.shape[:-1], int(kind != "identity")))
     if kind == "exp":
         assert isinstance(state, State)
         state = state.sums * np.exp(state.log_scale)[..., None, None]

@@ -253,7 +253,9 @@ def _empty(p: Any) -> tuple[Array, Array | None, Array, Array | None]:
     rows = tuple(p.q.shape[:3])
     den = xp.zeros(rows, dtype=acc, device=where) if p.normalize else None
     wide = (batch, groups, p.feature_map.width(p.q.shape[3]), e + p.normalize)
-    top = xp.zeros((batch, groups), dtype=acc, device=where) if p.feature_map.kind == "exp" else None
+    top = None
+    if p.feature_map.kind == "exp":
+        top = xp.full((batch, groups), -math.inf, dtype=acc, device=where)
     return (xp.zeros((*rows, e), dtype=acc, device=where), den,
             xp.zeros(wide, dtype=acc, device=where), top)
 

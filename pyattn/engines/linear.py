@@ -272,8 +272,9 @@ def forward(q: Array, k: Array, v: Array, *, feature_map: Any, causal: bool | st
         Added to sums of weights that are not 0.
     order : {"auto", "qk", "kv"}
         "qk": queries meet all keys, N M (F + E) products. "kv": they meet the state, F E (N + M).
+        "auto" takes the lesser where all tokens fit in one chunk, and "kv" beyond, or with a state.
     chunk : int, optional
-        Tokens of a step, with order "kv".
+        Tokens of a step, 64 by default.
     state : array (..., G, F, W), or `State` for kind "exp", optional
         What an earlier call returned.
     return_state : bool
@@ -310,9 +311,10 @@ def forward(q: Array, k: Array, v: Array, *, feature_map: Any, causal: bool | st
     placement = place(batch, n, m, "top_left" if causal == "top_left" else "bottom_right",
                       q_lengths, kv_lengths, None)
     if order == "auto":
-        carried = state is not None or return_state
-        order = "kv" if carried else cheaper(n, m, f, v.shape[-1], causal=bool(causal),
-                                             offset=0 if placement.top_left else m - n)
+        # beyond a chunk kernels are made for steps, and steps multiply their own pairs first anyhow
+        stepwise = state is not None or return_state or max(n, m) > chunk
+        order = "kv" if stepwise else cheaper(n, m, f, v.shape[-1], causal=bool(causal),
+                                              offset=0 if placement.top_left else m - n)
     fields = {"q": q, "k": k, "v": v, "projection": feature_map.projection,
               "feature_map": dataclasses.replace(feature_map, projection=None),
               "causal": bool(causal), "normalize": normalize, "epsilon": float(epsilon),
@@ -346,8 +348,7 @@ def cheaper(n: int, m: int, f: int, e: int, *, causal: bool = False, offset: int
     """
     pairs = n * m
     if causal:
-        # no query sees more than m keys; a few steps' worth decide
-        seen = np.arange(min(n, 2**16), dtype=np.int64) + (offset + 1)
+        seen = np.arange(n, dtype=np.int64) + (offset + 1)
         pairs = int(np.clip(seen, 0, m).sum())
     return "qk" if pairs * (f + e) <= f * e * (n + m) else "kv"
 

@@ -23,6 +23,8 @@ class EfficientSaved(Saved):
     """The engine's record, whose q and k are the two softmaxes."""
 
     attended: LinearSaved
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    """Those of q and k as they were given: padding may have given them all leading axes."""
 
     @property
     def stats(self) -> dict[str, int]:
@@ -43,6 +45,7 @@ class EfficientSaved(Saved):
         # forward: phi = exp(x) / sum exp(x), over features and over tokens
         dq, dk = (phi * (dphi - xp.sum(phi * dphi, axis=axis, keepdims=True))
                   for phi, dphi, axis in ((done.q, found.q, -1), (done.k, found.k, -2)))
+        dq, dk = (_summed_to(xp, x, shape) for x, shape in zip((dq, dk), self.shapes, strict=True))
         return gradients(("q", "k", "v"))(*(arrays.cast(xp, x, dout.dtype)
                                             for x in (dq, dk, found.v)))
 
@@ -119,7 +122,8 @@ def efficient_attention(q: Array, k: Array, v: Array, *, causal: bool = False,
     out, attended = engine.forward(of_q, of_k, wide_v, feature_map=FeatureMap("identity"),
                                    normalize=False, order="kv", q_lengths=q_lengths,
                                    kv_lengths=kv_lengths)
-    return arrays.cast(xp, out, q.dtype), EfficientSaved(attended)
+    return (arrays.cast(xp, out, q.dtype),
+            EfficientSaved(attended, (tuple(q.shape), tuple(k.shape))))
 
 
 def _softmax(xp: Any, x: Array, batch: tuple[int, ...], lengths: np.ndarray, axis: int) -> Array:
@@ -137,3 +141,10 @@ def _softmax(xp: Any, x: Array, batch: tuple[int, ...], lengths: np.ndarray, axi
     total = xp.sum(weights, axis=axis, keepdims=True)
     phi = weights / xp.where(total == 0, 1.0, total)
     return xp.where(live, phi, 0.0) if padded else phi
+
+
+def _summed_to(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes that an array of `shape` was broadcast along to be one like `x`."""
+    own = (1,) * (x.ndim - len(shape)) + shape
+    shared = tuple(axis for axis, size in enumerate(own) if size != x.shape[axis])
+    return xp.reshape(xp.sum(x, axis=shared), shape) if shared else xp.reshape(x, shape)

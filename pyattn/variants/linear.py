@@ -76,10 +76,11 @@ def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1",
         Added to the sums of weights; 1e-6 is what the authors' code adds.
     order : {"auto", "qk", "kv"}
         What is multiplied first: "qk" takes ``N M (F + E)`` products, "kv" ``F E (N + M)``. "auto"
-        takes the lesser, and "kv" where there is a state. ``saved.order`` tells.
+        takes the lesser where all tokens fit in one chunk, and "kv" beyond that or where there is a
+        state. ``saved.order`` tells.
     chunk : int, optional
-        Tokens that are read at a time with order "kv"; the result does not depend on it but by
-        rounding.
+        Tokens that are read at a time with order "kv", 64 by default; the result does not depend on
+        it but by rounding.
     state : array, shape (..., G, F, E + 1), optional
         Sums over keys read before, which all queries see, as an earlier call with `return_state`
         returned them: (..., G, F, E) with ``normalize=False``. float32, or float64 for float64. For
