@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .variants.blockbert import blockbert_attention
     from .variants.coarse_fine import coarse_fine_attention
     from .variants.cross_modal import cross_modal_attention
+    from .variants.dynamic_convolution import dynamic_convolution, lightweight_convolution
     from .variants.global_local import global_local_attention
     from .variants.graph import gat_attention, graph_attention
     from .variants.local_2d import local_attention_2d
@@ -52,9 +53,11 @@ VARIANTS = {
     "bp_attention": "variants.binary_partition",
     "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
+    "dynamic_convolution": "variants.dynamic_convolution",
     "gat_attention": "variants.graph",
     "global_local_attention": "variants.global_local",
     "graph_attention": "variants.graph",
+    "lightweight_convolution": "variants.dynamic_convolution",
     "local_attention_2d": "variants.local_2d",
     "longformer_attention": "variants.longformer",
     "lsh_attention": "variants.lsh",

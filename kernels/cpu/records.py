@@ -126,3 +126,28 @@ EDGES = np.dtype([
     ("dq", LISTED), ("dk", LISTED), ("dv", LISTED),
 ])
 """Lists of keys for each query: see jit/edges.py."""
+
+CONVOLUTION = np.dtype([
+    *_record("size lanes batch n heads taps channels width padded "     # channels of a head
+             "pad chunk chunks "        # tap of the position itself; tokens of a unit, units in n
+             "lengths "                 # int32 (batch,)
+             "renorm pitch front "      # numbers from row to row of weights, and before the first
+             "tiles columns x_row").descr,      # 64 taps each; of a band; of a row of x turned
+    ("x", LISTED), ("logits", LISTED), ("out", LISTED), ("dout", LISTED),
+    ("dx", LISTED), ("dlogits", LISTED),
+    *_record("span span_b span_n span_h dspan").descr,
+    ("ramp", "f8"), ("keep", "f8"),
+    *_record("dropout threshold seed_low seed_high").descr,
+    *_record("at_weights at_words at_gates at_tops at_sums at_decays at_shares at_x at_out "
+             # from here on for the backward alone
+             "at_used at_kept at_dweights at_turned at_dout at_delta").descr,
+])
+"""Kernels of a few taps for each position: see jit/convolution.py."""
+
+CONSTANT = np.dtype([
+    *_record("size lanes batch n taps channels block blocks pad chunk chunks parts part_chunks "
+             "lengths w w_row dw").descr,
+    ("x", LISTED), ("out", LISTED), ("dout", LISTED),
+    *_record("at_x at_out at_dw").descr,
+])
+"""Kernels of a few taps for each channel: see jit/convolution.py."""

@@ -48,6 +48,11 @@ def erf(xp: Any, x: Array) -> Array:
     return xp.sign(x) * xp.where(size < 0.46875, near, far)
 
 
+def logistic(xp: Any, x: Array) -> Array:
+    """1 / (1 + exp(-x)), by tanh, which cannot overflow."""
+    return 0.5 * (1 + xp.tanh(0.5 * x))
+
+
 def _relu(xp: Any, x: Array, slope: bool) -> tuple[Array, Array | None]:
     zero = xp.zeros((), dtype=x.dtype, device=arrays.device(x))
     return xp.maximum(x, zero), xp.astype(x > 0, x.dtype) if slope else None
@@ -69,8 +74,7 @@ def _gelu_tanh(xp: Any, x: Array, slope: bool) -> tuple[Array, Array | None]:
 
 
 def _silu(xp: Any, x: Array, slope: bool) -> tuple[Array, Array | None]:
-    # the logistic function by tanh, which cannot overflow
-    below = 0.5 * (1 + xp.tanh(0.5 * x))
+    below = logistic(xp, x)
     return x * below, below * (1 + x * (1 - below)) if slope else None
 
 

@@ -15,6 +15,7 @@ Products:
     dots             C[r, j] = sum_d A[r, d] B[j, d], B of any dtype read where it lies
     accumulate_rows  acc[r, :] += sum_j p[r, j] values[j, :], values of any dtype where they lie
     dots_listed, accumulate_listed    the same with rows index[j] of B and of the values
+    correlate        C[u, :] (+)= sum_s A[s, :] B[s + u, :], number by number
 
 Rows of scores and of sums, in place but for `lane_sums` and `row_dots`:
 
@@ -50,7 +51,7 @@ from types import SimpleNamespace
 from numba.extending import intrinsic
 
 from ...host import dot_product, vector_bytes
-from . import layout, listed, products, rows, tiles
+from . import layout, listed, products, rows, shifted, tiles
 from .emit import typed
 
 
@@ -94,6 +95,10 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
     def accumulate_listed(context, rows, count, width, p, p_row, values, values_row, index, kind,
                           acc, acc_row, unit):
         return typed(listed.accumulate_listed, nbytes, "-", "iiiiiiiiiii", unit)
+
+    @intrinsic
+    def correlate(context, count, taps, width, a, a_row, b, b_row, c, c_row, accumulate, unit):
+        return typed(shifted.correlate, nbytes, "-", "iiiiiiiiii", unit)
 
     @intrinsic
     def weigh(context, scores, row, count, tiles, words, words_row, gates, tops, sums, decays,
@@ -170,10 +175,10 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
     return SimpleNamespace(
         gemm=gemm, multiply=multiply, enter_tiles=enter_tiles, leave_tiles=leave_tiles, dots=dots,
         accumulate_rows=accumulate_rows, dots_listed=dots_listed,
-        accumulate_listed=accumulate_listed, weigh=weigh, differentiate=differentiate,
-        exp_rows=exp_rows, scale_rows=scale_rows, lane_sums=lane_sums, row_dots=row_dots,
-        soft_cap=soft_cap, select=select, convert_rows=convert_rows, gather_rows=gather_rows,
-        scatter_rows=scatter_rows, add_rows=add_rows, write_rows=write_rows,
+        accumulate_listed=accumulate_listed, correlate=correlate, weigh=weigh,
+        differentiate=differentiate, exp_rows=exp_rows, scale_rows=scale_rows,
+        lane_sums=lane_sums, row_dots=row_dots, soft_cap=soft_cap, select=select,
+        convert_rows=convert_rows, gather_rows=gather_rows, scatter_rows=scatter_rows, add_rows=add_rows, write_rows=write_rows,
         transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
 
 
@@ -182,6 +187,7 @@ gemm, multiply = _host.gemm, _host.multiply
 enter_tiles, leave_tiles = _host.enter_tiles, _host.leave_tiles
 dots, accumulate_rows = _host.dots, _host.accumulate_rows
 dots_listed, accumulate_listed = _host.dots_listed, _host.accumulate_listed
+correlate = _host.correlate
 weigh, differentiate, exp_rows = _host.weigh, _host.differentiate, _host.exp_rows
 scale_rows, lane_sums, row_dots = _host.scale_rows, _host.lane_sums, _host.row_dots
 soft_cap, select = _host.soft_cap, _host.select
