@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .variants.binary_partition import bp_attention
     from .variants.block_diagonal import block_diagonal_attention
     from .variants.blockbert import blockbert_attention
+    from .variants.cbam import cbam
     from .variants.coarse_fine import coarse_fine_attention
     from .variants.cross_modal import cross_modal_attention
     from .variants.dynamic_convolution import dynamic_convolution, lightweight_convolution
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
     from .variants.nsa import nsa_attention
     from .variants.random_attention import random_attention
     from .variants.routing import routing_attention
+    from .variants.se_cbam import se_cbam
     from .variants.sliding_window import sliding_window_attention
     from .variants.sparse_transformer import sparse_transformer_attention
+    from .variants.squeeze_excite import squeeze_excite
     from .variants.swin import swin_attention
     from .variants.temporal import temporal_attention
     from .variants.top_k import top_k_attention
@@ -51,6 +54,7 @@ VARIANTS = {
     "block_diagonal_attention": "variants.block_diagonal",
     "blockbert_attention": "variants.blockbert",
     "bp_attention": "variants.binary_partition",
+    "cbam": "variants.cbam",
     "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
     "dynamic_convolution": "variants.dynamic_convolution",
@@ -64,8 +68,10 @@ VARIANTS = {
     "nsa_attention": "variants.nsa",
     "random_attention": "variants.random_attention",
     "routing_attention": "variants.routing",
+    "se_cbam": "variants.se_cbam",
     "sliding_window_attention": "variants.sliding_window",
     "sparse_transformer_attention": "variants.sparse_transformer",
+    "squeeze_excite": "variants.squeeze_excite",
     "swin_attention": "variants.swin",
     "temporal_attention": "variants.temporal",
     "top_k_attention": "variants.top_k",

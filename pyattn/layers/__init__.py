@@ -14,6 +14,7 @@ from .convolution import (
     span_convolution,
 )
 from .feed_forward import feed_forward
+from .hybrid import hybrid_block, init_hybrid_block, mixed_heads
 from .language_model import init_language_model, language_model
 from .linear import linear
 from .loss import cross_entropy
@@ -29,11 +30,11 @@ from .vit import init_vit, patchify, vit
 
 __all__ = [
     "adam", "add_positions", "clip_by_norm", "conv1d", "conv2d", "cross_attention",
-    "cross_entropy", "dynamic_conv_layer", "embedding", "feed_forward", "gru",
-    "init_dynamic_conv_layer", "init_gru", "init_language_model", "init_nsa_layer",
-    "init_span_convolution", "init_swin", "init_swin_block", "init_timesformer_block",
-    "init_transformer_block", "init_vit", "language_model", "layer_norm", "linear",
-    "multi_head", "nsa_layer", "patch_merging", "patchify", "projected_attention", "rotary",
-    "span_convolution", "swin", "swin_block", "timesformer_block", "transformer",
-    "transformer_block", "vit",
+    "cross_entropy", "dynamic_conv_layer", "embedding", "feed_forward", "gru", "hybrid_block",
+    "init_dynamic_conv_layer", "init_gru", "init_hybrid_block", "init_language_model",
+    "init_nsa_layer", "init_span_convolution", "init_swin", "init_swin_block",
+    "init_timesformer_block", "init_transformer_block", "init_vit", "language_model",
+    "layer_norm", "linear", "mixed_heads", "multi_head", "nsa_layer", "patch_merging",
+    "patchify", "projected_attention", "rotary", "span_convolution", "swin", "swin_block",
+    "timesformer_block", "transformer", "transformer_block", "vit",
 ]

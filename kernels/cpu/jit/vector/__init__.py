@@ -178,8 +178,9 @@ def micro_kernels(nbytes: int, dot: str = "widened") -> SimpleNamespace:
         accumulate_listed=accumulate_listed, correlate=correlate, weigh=weigh,
         differentiate=differentiate, exp_rows=exp_rows, scale_rows=scale_rows,
         lane_sums=lane_sums, row_dots=row_dots, soft_cap=soft_cap, select=select,
-        convert_rows=convert_rows, gather_rows=gather_rows, scatter_rows=scatter_rows, add_rows=add_rows, write_rows=write_rows,
-        transpose=transpose, pair_rows=pair_rows, round_row=round_row, pair_rounded=pair_rounded)
+        convert_rows=convert_rows, gather_rows=gather_rows, scatter_rows=scatter_rows,
+        add_rows=add_rows, write_rows=write_rows, transpose=transpose, pair_rows=pair_rows,
+        round_row=round_row, pair_rounded=pair_rounded)
 
 
 _host = micro_kernels(vector_bytes(), dot_product() or "widened")
