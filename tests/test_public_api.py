@@ -24,6 +24,7 @@ CORE = """
     lsh_attention routing_attention
     graph_attention gat_attention top_k_attention bp_attention
     nsa_attention
+    dynamic_convolution lightweight_convolution squeeze_excite cbam se_cbam
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError
@@ -35,6 +36,7 @@ MASKS = """
 LAYERS = """
     linear layer_norm feed_forward rotary multi_head cross_attention transformer_block
     swin_block patch_merging swin timesformer_block nsa_layer
+    gru conv1d conv2d hybrid_block dynamic_conv_layer span_convolution mixed_heads
 """.split()
 TESTING = ["check", "gradcheck", "cases"]
 

@@ -175,10 +175,10 @@ class PositionJob(Job):
         rows = chunk + taps + ROWS
         sizes = (weights, 8 * TILE * tiles, weights * (p.span is not None), TILE * size,
                  TILE * lanes * size, TILE * size, TILE * size, rows * padded * size,
-                 chunk * padded * size)
+                 chunk * padded * size, (taps + ROWS) * padded * size)
         if backward:
             sizes += (weights * bool(p.dropout), weights * bool(p.dropout), weights,
-                      padded * x_row * size, (TILE + ROWS) * padded * size, TILE * size)
+                      padded * x_row * size, (TILE + ROWS) * padded * size)
         self.lay_out("at_weights", *sizes)
 
     def run(self, kernel: str, units: int | None = None) -> None:

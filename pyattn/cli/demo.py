@@ -120,9 +120,9 @@ def attention_function(name: str, options: dict[str, Any]) -> Any:
     """The attention function of that name, or OptionError if it cannot be causal as asked."""
     import pyattn
 
-    # a variant without an example is of grids, or of more than one sequence
+    # a variant without an example is of grids, of more than one sequence, or a layer
     causal = [variant for variant in VARIANTS
-              if variant in EXAMPLES and "causal" in parameters(variant)]
+              if {*EXAMPLES, *LAYERS}.intersection([variant]) and "causal" in parameters(variant)]
     if name not in causal:
         raise OptionError(f"--attention must be one of {', '.join(causal)}, which can be causal; "
                           f"got {name!r}")

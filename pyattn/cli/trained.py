@@ -19,6 +19,9 @@ DECAY = 0.9
 
 CLUSTERS = 8
 
+TAPS = 15
+"""Of a convolution's kernels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LshHeadsSaved(Saved):
@@ -111,10 +114,20 @@ def moved_centroids(blocks: list[dict[str, Any]], saved: Any) -> list[dict[str, 
     return moved
 
 
+@differentiable
+def convolution_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
+                      num_kv_heads: int | None = None, rotary_base: float | None = None,
+                      **options: Any) -> tuple[Array, Any]:
+    """`layers.dynamic_conv_layer`; it has neither keys nor queries to turn."""
+    return layers.dynamic_conv_layer.forward(x, params, num_heads=num_heads, **options)
+
+
 FUNCTIONS: dict[str, Any] = {"lsh_attention": lsh_heads}
 """Of q, k and v, in place of the variant of that name."""
 
-LAYERS: dict[str, Any] = {"nsa_attention": layers.nsa_layer, "routing_attention": routing_layer}
+LAYERS: dict[str, Any] = {
+    "nsa_attention": layers.nsa_layer, "routing_attention": routing_layer,
+    "dynamic_convolution": convolution_layer, "lightweight_convolution": convolution_layer}
 """Of x and parameters of their own, in place of the variant of that name."""
 
 
@@ -123,6 +136,10 @@ def init_layer(name: str, rng: Any, width: int, *, num_heads: int, depth: int,
     """Return fresh parameters for the layer of that name, called with these options."""
     if name == "routing_attention":
         return init_routing_layer(rng, width, num_heads=num_heads, depth=depth)
+    if name.endswith("convolution"):
+        return layers.init_dynamic_conv_layer(rng, width, num_heads=num_heads, depth=depth,
+                                              kernel_size=TAPS,
+                                              lightweight=name == "lightweight_convolution")
     own = {key: options[key] for key in ("block_size", "compression") if key in options}
     return layers.init_nsa_layer(rng, width, num_heads=num_heads, depth=depth, separate=False,
                                  **own)

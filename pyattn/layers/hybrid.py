@@ -260,8 +260,7 @@ class HybridBlockSaved(Saved):
         return self.block.decisions
 
     def backward(self, dout: Array) -> Any:
-        """Gradients of x, of params (a dict with the same keys), of the attention's array options.
-        """
+        """Gradients of x, of params (a dict with the same keys), and of array options."""
         grads = self.block.backward(dout)
         if self.local is None:
             return grads
@@ -337,7 +336,8 @@ def hybrid_block(x: Array, params: Mapping[str, Any], *, num_heads: int, kind: s
     """
     require_choice("kind", kind, KINDS)
     require_choice("activation", activation, tuple(ACTIVATIONS))
-    rest: dict[str, Any] = {"num_heads": num_heads, "causal": causal, "activation": activation, "eps": eps}
+    rest: dict[str, Any] = {"num_heads": num_heads, "causal": causal, "activation": activation,
+                            "eps": eps}
     if kind == "parallel":
         if options.get("attention") is not None:
             raise OptionError("attention must be None where kind is 'parallel', whose heads are "

@@ -273,6 +273,33 @@ def _nsa_layer(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
                                       **_FEW_BLOCKS}
 
 
+def _gates(draw: Any) -> tuple[Any, ...]:
+    return draw(2, 4, 3, 5), draw(4, 2), draw(2), draw(2, 4), draw(4)
+
+
+def _dynamic_conv_layer(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_dynamic_conv_layer(0, 8, num_heads=2, kernel_size=3,
+                                                   dtype=np.float64)
+    return (draw(2, 7, 8), params), {"num_heads": 2, "causal": True}
+
+
+def _span_convolution(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_span_convolution(0, 8, num_heads=2, head_width=3, kernel_size=3,
+                                                 dtype=np.float64)
+    return (draw(2, 7, 8), params), {"num_heads": 2}
+
+
+def _hybrid_block(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_hybrid_block(0, 8, kind="gru", num_heads=2, dtype=np.float64)
+    return (draw(2, 7, 8), params), {"num_heads": 2, "kind": "gru"}
+
+
+def _mixed_heads(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params = pyattn.layers.init_hybrid_block(0, 8, kind="parallel", num_heads=2, kernel_size=3,
+                                             dtype=np.float64)["attention"]
+    return (draw(2, 7, 8), params), {"num_heads": 2, "causal": True}
+
+
 _FEW_BLOCKS = {"window": 3, "block_size": 4, "stride": 2, "select_block": 8, "num_selected": 3,
                "num_local": 1}
 
@@ -281,13 +308,17 @@ _VARIANTS: Calls = {
         tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
     "bp_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(10, 4)), {"step": 2, "causal": True}),
+    "cbam": lambda draw: ((*_gates(draw), draw(3, 3, 2), draw(1), draw(1)), {}),
     "coarse_fine_attention": lambda draw: (
         tuple(draw(2, 2, 14, 4) for _ in range(3)), {"block_size": 4, "causal": True}),
+    "dynamic_convolution": lambda draw: (
+        (draw(2, 70, 4), draw(2, 70, 2, 5)), {"causal": True, "span": abs(draw(2)), "ramp": 2.0}),
     "gat_attention": lambda draw: (
         (draw(2, 2, 12, 4), draw(2, 4), draw(2, 4), _ring(12)), {}),
     "graph_attention": lambda draw: (
         (*(draw(2, 2, 12, 4) for _ in range(3)), _ring(12), draw(3, 2)),
         {"edge_type": np.arange(24) % 3}),
+    "lightweight_convolution": lambda draw: ((draw(2, 70, 4), draw(2, 5)), {"causal": True}),
     "longformer_attention": lambda draw: (
         tuple(draw(2, 2, 12, 4) for _ in range(6)), {"window": 2, "global_index": (0, 7)}),
     "lsh_attention": lambda draw: (
@@ -297,6 +328,8 @@ _VARIANTS: Calls = {
     "routing_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 3, 4)),
         {"cluster_size": 4, "causal": True}),
+    "se_cbam": lambda draw: ((*_gates(draw), draw(3, 3, 2)), {}),
+    "squeeze_excite": lambda draw: (_gates(draw), {}),
     "swin_attention": lambda draw: (
         (*(draw(2, 2, 30, 4) for _ in range(3)), draw(25, 2)),
         {"shape": (5, 6), "window": 3, "shift": 1}),
@@ -329,4 +362,12 @@ _LAYERS: Calls = {
     "timesformer_block": _timesformer_block,
     "language_model": _language_model,
     "nsa_layer": _nsa_layer,
+    "conv1d": lambda draw: ((draw(2, 9, 4), draw(3, 4), draw(4)), {"causal": True}),
+    "conv2d": lambda draw: ((draw(2, 3, 7, 6), draw(3, 3, 3, 4), draw(4)), {"stride": 2}),
+    "dynamic_conv_layer": _dynamic_conv_layer,
+    "span_convolution": _span_convolution,
+    "gru": lambda draw: (
+        (draw(2, 9, 4), draw(4, 9), draw(3, 9), draw(9), draw(9), draw(2, 3)), {}),
+    "hybrid_block": _hybrid_block,
+    "mixed_heads": _mixed_heads,
 }

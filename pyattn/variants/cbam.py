@@ -37,8 +37,9 @@ class CbamSaved(Saved):
 
     @property
     def decisions(self) -> dict[str, Array]:
-        """``channel_argmax``, int32 (..., C): which pixel is the channel's largest, counted by
-        rows; ``spatial_argmax`` (..., H, W): which channel, once gated, is the pixel's.
+        """``channel_argmax``, int32 (..., C), and ``spatial_argmax`` (..., H, W).
+
+        Which pixel is a channel's largest, counted by rows, and which channel, gated, a pixel's.
         """
         lead = self.x.shape[:-3]
         assert self.channels.index is not None

@@ -9,7 +9,7 @@ row one number shorter than it is, they are a band,
 
 and a few rows of it make a small product with the tokens' rows; seen the other way, down the taps,
 its transpose, for the gradient of x. Nothing is copied to make it. The corners must not multiply
-what is not finite; where there is such a number, weights are multiplied one by one.
+what is not finite; where there is such a number, rows are multiplied one by one.
 
 A unit of work owns some tokens of the output, or of the gradients, of one head. In the backward it
 works out the weights of all positions that its tokens are taps of, those of other units again, and
@@ -78,9 +78,9 @@ def convolve(job, b, h, first, scratch, unit):
             x = scratch + job.at_x + r * width * size
             if strange:
                 for i in range(some):
-                    one_by_one(job.taps, width, weights + (r + i) * job.pitch * size, STEP,
-                               x + i * width * size, out + (r + i) * width * size, ZERO, size,
-                               unit)
+                    multiply_row(job, job.taps, weights + (r + i) * job.pitch * size, STEP,
+                                 x + i * width * size, scratch + job.at_apart,
+                                 out + (r + i) * width * size, ZERO, unit)
             else:
                 gemm(some, width, job.taps + some - STEP, weights + r * job.pitch * size,
                      job.pitch - STEP, STEP, x, width, out + r * width * size, width, ZERO, unit)
@@ -88,14 +88,19 @@ def convolve(job, b, h, first, scratch, unit):
 
 
 @part
-def one_by_one(count, width, weights, step, x, total, accumulate, size, unit):
-    """Total[:] (+)= sum of weight times row of x, for weights that are not 0."""
-    if not accumulate:
-        numbers(total, width, unit)[:] = 0
+def multiply_row(job, count, weights, step, x, apart, total, accumulate, unit):
+    """Total[:] (+)= sum of weight times row of x, in which a weight of 0 has a row of zeros.
+
+    The sum is that of a band to the last bit: there, too, corners add 0.
+    """
+    size, width = job.size, job.padded
     for s in range(count):
-        if load(weights + s * step * size, unit) != 0:
-            gemm(STEP, width, STEP, weights + s * step * size, STEP, STEP, x + s * width * size,
-                 width, total, width, STEP, unit)
+        row = numbers(x + s * width * size, width, unit)
+        copy = numbers(apart + s * width * size, width, unit)
+        kept = load(weights + s * step * size, unit) != 0
+        for c in range(width):
+            copy[c] = row[c] if kept else unit - unit
+    gemm(STEP, width, count, weights, ZERO, step, apart, width, total, width, accumulate, unit)
 
 
 @part
@@ -289,12 +294,9 @@ def differentiate_rows(job, b, h, t, count, first, end, length, own, scratch, un
         row, tap = begin - t, j - begin + job.pad
         if wild:
             for i in range(some):
-                for s in range(stop - begin):
-                    k = tap + i - s
-                    if 0 <= k < taps:
-                        one_by_one(STEP, width, used + ((row + s) * pitch + k) * size, STEP,
-                                   dout + (row + s) * width * size, total + i * width * size, STEP,
-                                   size, unit)
+                multiply_row(job, stop - begin, used + (row * pitch + tap + i) * size,
+                             pitch - STEP, dout + row * width * size, scratch + job.at_apart,
+                             total + i * width * size, STEP, unit)
         else:
             gemm(some, width, stop - begin, used + (row * pitch + tap) * size, STEP, pitch - STEP,
                  dout + row * width * size, width, total, width, STEP, unit)
