@@ -147,7 +147,8 @@ def test_span_convolution_and_mixed_heads_are_convbert_s(torch):
     q, k, v = (getattr(theirs, name) for name in ("query", "key", "value"))
     width = t(q.weight).shape[1]
     conv = {"w_q": t(q.weight), "b_q": t(q.bias), "w_depthwise": t(key.depthwise.weight)[:, 0],
-            "w_pointwise": t(key.pointwise.weight)[0], "b_pointwise": key.bias.detach().numpy()[:, 0],
+            "w_pointwise": t(key.pointwise.weight)[0],
+            "b_pointwise": key.bias.detach().numpy()[:, 0],
             "w_kernel": t(theirs.conv_kernel_layer.weight),
             "b_kernel": t(theirs.conv_kernel_layer.bias),
             "w_v": t(theirs.conv_out_layer.weight), "b_v": t(theirs.conv_out_layer.bias)}
