@@ -3,9 +3,9 @@
     python -m bench.digits_gates
 
 Two convolutions, a mean over squares of four pixels between them, and behind each convolution
-nothing, squeeze-and-excitation, CBAM, or both (`se_cbam`, serial). The second half of the set is trained on and the first is the test; they are
-by different writers. Every kind is given the same steps, rate and seeds; nothing was tuned to the
-test, and no kind was chosen by it.
+nothing, squeeze-and-excitation, CBAM, or both (`se_cbam`, serial). The second half of the set is
+trained on and the first is the test; they are by different writers. Every kind is given the same
+steps, rate and seeds; nothing was tuned to the test, and no kind was chosen by it.
 """
 
 from __future__ import annotations

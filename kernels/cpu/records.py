@@ -138,7 +138,8 @@ CONVOLUTION = np.dtype([
     *_record("span span_b span_n span_h dspan").descr,
     ("ramp", "f8"), ("keep", "f8"),
     *_record("dropout threshold seed_low seed_high").descr,
-    *_record("at_weights at_words at_gates at_tops at_sums at_decays at_shares at_x at_out at_apart "
+    *_record("at_weights at_words at_gates at_tops at_sums at_decays at_shares at_x at_out "
+             "at_apart "
              # from here on for the backward alone
              "at_used at_kept at_dweights at_turned at_dout").descr,
 ])
