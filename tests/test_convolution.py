@@ -424,10 +424,10 @@ def test_dtypes_may_differ():
     (OptionError, "not both", lambda: layers.dynamic_conv_layer(
         draw(5, 4), {"w_in": draw(4, 8), "w_kernel": draw(4, 6), "kernel_logits": draw(2, 3),
                      "w_out": draw(4, 4)}, num_heads=2)),
-    (ShapeError, "w_kernel must have a multiple of num_heads = 4", lambda: (
-        layers.dynamic_conv_layer(
-            draw(5, 4), {"w_in": draw(4, 8), "w_kernel": draw(4, 6), "w_out": draw(4, 4)},
-            num_heads=4))),
+    (ShapeError, "w_kernel must have a multiple of num_heads = 4",
+     lambda: layers.dynamic_conv_layer(
+         draw(5, 4), {"w_in": draw(4, 8), "w_kernel": draw(4, 6), "w_out": draw(4, 4)},
+         num_heads=4)),
 ])
 def test_errors_name_the_argument_the_rule_and_what_was_given(error, match, call):
     with pytest.raises(error, match=match):
