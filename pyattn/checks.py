@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 
 class ShapeError(ValueError):
@@ -24,8 +27,10 @@ class BackendError(RuntimeError):
 
 
 def require_integer(name: str, value: Any, *, minimum: int | None = None) -> int:
-    """Return `value` as an int, or raise OptionError."""
+    """Return `value` as an int (True is not 1 here), or raise OptionError."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         integer = operator.index(value)
     except TypeError:
         raise OptionError(f"{name} must be an integer; got {value!r}") from None
@@ -35,9 +40,13 @@ def require_integer(name: str, value: Any, *, minimum: int | None = None) -> int
 
 
 def require_real(name: str, value: Any) -> float:
-    """Return `value` as a finite float, or raise OptionError."""
+    """Return `value` as a finite float (True and "1" are none), or raise OptionError."""
     try:
+        if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "ndim", 0) > 0:
+            raise TypeError
         real = float(value)
+    except OverflowError:
+        raise OptionError(f"{name} must be finite in float64; got {value!r:.20}...") from None
     except (TypeError, ValueError):
         raise OptionError(f"{name} must be a real number; got {value!r}") from None
     if not math.isfinite(real):
@@ -56,6 +65,35 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
         wanted = ", ".join(map(repr, choices))
         raise OptionError(f"{name} must be one of {wanted}; got {value!r}")
     return value
+
+
+def require_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False, or raise OptionError."""
+    return bool(require_choice(name, value, (False, True)))
+
+
+def require_rng(rng: Any, name: str = "rng") -> np.random.Generator:
+    """Return ``numpy.random.default_rng(rng)``, or raise OptionError."""
+    try:
+        if isinstance(rng, bool | np.bool_):
+            raise TypeError
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError):
+        raise OptionError(f"{name} must be an int of at least 0, a numpy.random.Generator or None; "
+                          f"got {rng!r}") from None
+
+
+def require_decisions(decisions: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return a copy of `decisions`, {} for None; OptionError unless a dict of some of `names`."""
+    if decisions is None:
+        return {}
+    if not isinstance(decisions, Mapping):
+        raise OptionError(f"decisions must be a dict that may hold {', '.join(names)}; got "
+                          f"{type(decisions).__name__}")
+    unknown = sorted(str(name) for name in decisions if name not in names)
+    if unknown:
+        raise OptionError(f"decisions may hold {', '.join(names)}; got {', '.join(unknown)}")
+    return dict(decisions)
 
 
 def require_broadcast(name: str, shape: tuple[int, ...], target: tuple[int, ...],

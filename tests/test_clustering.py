@@ -352,6 +352,20 @@ def test_means_of_long_segments_are_exact_to_rounding(dtype):
                                rtol=max(eps, 1e-6))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_may_stand_for_several_clusters(backend):
+    x, dy = np.arange(12.0).reshape(2, 3, 2), np.arange(16.0).reshape(2, 4, 2)
+    medoids = np.array([[1, 2, 1, -1], [0, 0, 0, 2]])
+    with pyattn.use_backend(backend):
+        y, saved = segment_means.forward(x, np.zeros((2, 3), int), 4, medoids=medoids)
+        dx = saved.backward(dy).x
+    want = np.zeros_like(x)
+    for item, cluster in zip(*np.nonzero(medoids >= 0), strict=True):
+        assert np.array_equal(y[item, cluster], x[item, medoids[item, cluster]])
+        want[item, medoids[item, cluster]] += dy[item, cluster]
+    assert np.array_equal(dx, want)
+
+
 def test_means_of_nothing():
     for shape, given in (((0, 4, 3), (0, 4)), ((2, 0, 3), (2, 0))):
         y, saved = segment_means.forward(np.zeros(shape), np.zeros(given, int), 5)

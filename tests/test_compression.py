@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
+import pyattn
 from pyattn.checks import OptionError, ShapeError
 from pyattn.features import compress
 from pyattn.testing import gradcheck
@@ -131,6 +132,25 @@ def test_padding_is_never_looked_at(kind):
         for name in grads._fields:
             np.testing.assert_array_equal(getattr(grads, name), getattr(wanted, name))
         assert (grads.x[1, :, 11:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mean", "mlp", "depthwise", "matrices"])
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3)])
+@pytest.mark.parametrize("backend", ["cpu", "array_api"])
+def test_one_length_for_all(backend, lead, kind):
+    x = np.random.default_rng(0).standard_normal((*lead, G, 20, D))
+    weights, given = drawn(kind, 4), options(kind, 4, 2)
+    with pyattn.use_backend(backend):
+        y, saved = compress.forward(x, **weights, **given, lengths=11)
+        own = saved.backward(np.ones_like(y)).x
+        want, saved = compress.forward(x[..., :11, :], **weights, **given)
+        wanted = saved.backward(np.ones_like(want)).x
+    np.testing.assert_array_equal(y[..., :4, :], want)
+    np.testing.assert_array_equal(own[..., :11, :], wanted)
+    assert y.shape[:-2] == x.shape[:-2]
+    assert own.shape == x.shape
+    assert not y[..., 4:, :].any()
+    assert not own[..., 11:, :].any()
 
 
 def test_other_libraries():

@@ -269,6 +269,88 @@ def test_what_is_no_array_or_is_another_modes_is_told(case, place, options, erro
         getattr(pyattn, f"{name}_attention")(*arguments, **given | options)
 
 
+NO_FLAG = (1, "yes", None, np.zeros(3), [])
+NO_INTEGER = (2.5, np.nan, "3", True, np.ones(2), [4.0])
+NO_REAL = (np.nan, np.inf, "1", True, np.ones(2), 1j, 10**400, object())
+NO_SEED = (-1, 0.5, "x", True, {"seed": 1}, np.zeros(2))
+NO_DICT = (0, "x", [1], np.zeros(3), {"who": 1})
+REFUSED = [(case, name, wrong) for cases, names, wrong in (
+    ("lsh", "causal reference attend_across_buckets deduplicate return_lse", NO_FLAG),
+    ("routing", "reference return_lse", NO_FLAG), ("top_k", "return_lse", NO_FLAG),
+    ("graph", "self_loops return_lse", NO_FLAG), ("gat", "self_loops", NO_FLAG),
+    ("bp", "causal log_size return_lse", NO_FLAG), ("nsa, kmeans", "tree", NO_FLAG),
+    ("lsh", "num_rounds bucket_length num_buckets", (*NO_INTEGER, 0, -1)),
+    ("routing", "cluster_size", (*NO_INTEGER, None, 0, -1)),
+    ("top_k", "top", (*NO_INTEGER, None, 0, -1)), ("bp", "step", (*NO_INTEGER, None, 0, -1)),
+    ("nsa", "window num_initial num_local num_selected", (*NO_INTEGER, -1)),
+    ("nsa", "block_size stride select_block", (*NO_INTEGER, 0, -1)),
+    ("nsa, kmeans", "num_clusters num_top_clusters segment", (*NO_INTEGER, 0, -1)),
+    ("nsa, kmeans", "iterations", (*NO_INTEGER, -1)),
+    ("nsa, lsh", "num_candidates num_rounds", (*NO_INTEGER, 0, -1)),
+    ("lsh;routing;nsa;nsa, kmeans;top_k;graph;bp", "scale", NO_REAL),
+    ("lsh;routing;top_k;graph", "softcap", (*NO_REAL, 0, -1.0)),
+    ("lsh;routing", "dropout", (*NO_REAL, None, -0.1, 1)), ("top_k", "threshold", NO_REAL),
+    ("nsa, kmeans;nsa, lsh", "threshold duplicate_threshold", NO_REAL),
+    ("gat", "negative_slope", (*NO_REAL, None)),
+    ("lsh;routing;nsa, lsh", "rng", NO_SEED),
+    ("lsh;routing;nsa;nsa, kmeans;nsa, lsh;top_k", "decisions", NO_DICT),
+    ("nsa", "compression activation mode combine causal", (0, None, "x", [], np.zeros(3))),
+    ("nsa, kmeans", "metric representative", (0, None, "x", [], np.zeros(3))),
+    ("nsa, kmeans", "num_initial num_buckets stride", (7, "x", [], np.zeros(3), np.ones(1))))
+    for case in cases.split(";") for name in names.split()]
+
+
+@pytest.mark.parametrize(("case", "name", "values"), REFUSED, ids=lambda x: str(x)[:20])
+def test_options_of_a_wrong_kind_are_refused(case, name, values):
+    variant, names, options = CASES[case]
+    arguments = drawn(names)
+    for value in values:
+        with pytest.raises(OptionError, match=f"{name}.* (must|may)"):
+            getattr(pyattn, f"{variant}_attention")(*arguments, **options | {name: value})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_unknown_keyword_is_a_type_error(case):
+    name, names, options = CASES[case]
+    with pytest.raises(TypeError, match="colour"):
+        getattr(pyattn, f"{name}_attention")(*drawn(names), **options, colour=1)
+
+
+def test_weights_and_parameters_are_dicts():
+    q, k, v, gates = drawn("q k v gates")
+    for wrong in (q, "x", 3):
+        with pytest.raises(DtypeError, match="k_weights must be a dict of arrays"):
+            pyattn.nsa_attention(q, k, v, gates, k_weights=wrong)
+        with pytest.raises(DtypeError, match="params must be a dict of arrays"):
+            layers.nsa_layer(q[0], wrong, num_heads=4)
+    params = layers.init_nsa_layer(0, 8, num_heads=4)
+    for value in (0.0, -1.0, "1", np.inf):
+        with pytest.raises(OptionError, match="rotary_base must"):
+            layers.nsa_layer(q[0], params, num_heads=4, rotary_base=value)
+    with pytest.raises(OptionError, match="interleaved must"):
+        layers.nsa_layer(q[0], params, num_heads=4, rotary_base=1e4, interleaved=1)
+
+
+@pytest.mark.parametrize("make", [
+    lambda rng: layers.init_nsa_layer(rng, 8, num_heads=2),
+    lambda rng: layers.init_transformer_block(rng, 8, num_heads=2),
+    lambda rng: layers.init_swin_block(rng, 8, num_heads=2, window=2),
+    lambda rng: layers.init_timesformer_block(rng, 8, num_heads=2),
+    lambda rng: pyattn.masks.random_blocks(1, 2, rng=rng),
+    lambda rng: pyattn.features.lsh_hash(np.ones((1, 4, 2)), num_buckets=2, num_rounds=1, rng=rng),
+    lambda rng: pyattn.attention(*np.ones((3, 1, 4, 2)), dropout=0.5, rng=rng),
+    lambda rng: pyattn.attention(*np.ones((3, 1, 4, 2)), rng=rng),
+    lambda rng: pyattn.axial_attention(*np.ones((3, 1, 4, 2)), shape=(2, 2), rng=rng),
+    lambda rng: pyattn.bigbird_attention(*np.ones((3, 1, 64, 2)), block_size=1, rng=rng),
+    lambda rng: pyattn.random_attention(*np.ones((3, 1, 4, 2)), num_random=1, block_size=1,
+                                        rng=rng)])
+def test_what_is_no_seed_is_refused_everywhere(make):
+    for wrong in NO_SEED:
+        with pytest.raises(OptionError, match=r"rng must be"):
+            make(wrong)
+    make(0), make(np.random.default_rng(0))
+
+
 def test_nsa_needs_gates():
     with pytest.raises(DtypeError, match="gates must be an array; got None"):
         pyattn.nsa_attention(*drawn("q k v"), None)

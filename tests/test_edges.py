@@ -262,6 +262,18 @@ def test_strided_and_read_only_arguments(backend):
             assert np.array_equal(x, y)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("longest", [0, 1, 2])
+def test_lists_of_items_may_have_very_different_lengths(longest, backend):
+    index = np.full((3, 1, 40, 30), -1)
+    index[:, 0, 7, :2] = [4, 29]
+    index[longest] = np.arange(30)
+    index[longest, 0, 11:] = -1
+    edges = Edges.from_lists(index, batch=3, heads=2, tokens=30)
+    q, k, v = draw(Shape((3,), 2, 1, 40, 30, 8, 5))
+    judge(q, k, v, edges, backend)
+
+
 def test_leading_axes_broadcast():
     shape = SHAPES[3]
     q, k, v = draw(shape)

@@ -183,6 +183,13 @@ def test_padding(lengths, combine, backend):
     judge(Shape((2,), 4, 2, 70, 70, 8, 6), backend, combine=combine, **lengths)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [{"kv_lengths": 33}, {"q_lengths": 20, "kv_lengths": 33}],
+                         ids=str)
+def test_one_length_without_leading_axes(lengths, backend):
+    judge(Shape((), 4, 2, 70, 70, 8, 6), backend, **lengths)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_narrow_dtypes(backend, dtype):

@@ -102,6 +102,17 @@ def test_threshold(threshold, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_tiles_behind_the_last_key_allow_nothing_before_it(backend):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 200, 8)) for _ in range(3))
+    given = np.ones((200, 200), bool)
+    given[:, :128] = rng.random((200, 128)) < 0.3
+    j = np.arange(200)
+    for end in (5, 70, 130):
+        judge(q, k, v, backend, 9, given & (j < end), mask=given, kv_lengths=[end])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_and_lengths(backend):
     shape = SHAPES[0]
     q, k, v = draw(shape)

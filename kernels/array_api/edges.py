@@ -272,7 +272,9 @@ def _by_key(run: Run, dout: Array, kept: list[Array], kept_at: np.ndarray, seen:
         if not len(by_key.edge):
             break
         query = by_key.query[chunk.entry]
-        at = np.where(chunk.there, kept_at[by_key.edge[chunk.entry]], 0)
+        # what stands for none is an edge of the first list, which may be longer than this one
+        edge = np.where(chunk.there, by_key.edge[chunk.entry], 0)
+        at = np.where(chunk.there, kept_at[edge], 0)
         allowed = _flat(xp, run, seen, at)
         rows.append(chunk.rows)
         # forward: out = p v

@@ -123,18 +123,19 @@ def _allowed(blocks: Any, layout: int, rows: slice,
     mine = slice(int(start[0]), int(start[-1]))
     ends = runs.first[mine] + runs.count[mine]
     reach = min(limit, int(ends.max(initial=0)) * TILE)
-    everywhere = np.bincount(np.repeat(np.arange(tiles), np.diff(start)),
-                             runs.count[mine] * (runs.tile[mine] < 0), minlength=tiles)
-    if (everywhere * TILE >= reach).all():
+    columns = -(-reach // TILE)
+    full = np.clip(columns - runs.first[mine], 0, runs.count[mine]) * (runs.tile[mine] < 0)
+    everywhere = np.bincount(np.repeat(np.arange(tiles), np.diff(start)), full, minlength=tiles)
+    if (everywhere == columns).all():
         return reach, None
-    allowed = np.zeros((tiles, TILE, -(-reach // TILE) * TILE), bool)
+    allowed = np.zeros((tiles, TILE, columns * TILE), bool)
     for t in range(tiles):
         for run in range(int(start[t]), int(start[t + 1])):
             at, count, name = int(runs.first[run]), int(runs.count[run]), int(runs.tile[run])
             if name < 0:
                 allowed[t, :, at * TILE:(at + count) * TILE] = True
             else:
-                for u in range(at, min(at + count, -(-reach // TILE))):
+                for u in range(at, min(at + count, columns)):
                     bits = blocks.bits[runs.names[name + u - at]]
                     allowed[t, :, u * TILE:(u + 1) * TILE] = unpack(bits, TILE, TILE)
     return reach, allowed.reshape(tiles * TILE, -1)[:rows.stop - rows.start, :reach]

@@ -20,7 +20,14 @@ import numpy as np
 
 from .. import arrays, dispatch
 from ..arrays import Array
-from ..checks import DtypeError, OptionError, ShapeError, require_broadcast, require_real
+from ..checks import (
+    DtypeError,
+    OptionError,
+    ShapeError,
+    require_broadcast,
+    require_flag,
+    require_real,
+)
 from ..differentiable import Saved, gradients
 from .problem import record
 from .softmax import flat, require_operands, unbroadcast
@@ -336,6 +343,7 @@ def forward(q: Array | None, k: Array | None, v: Array, edges: Edges, *,
         scale = 1.0 if q is None else q.shape[-1] ** -0.5
     if softcap is not None and require_real("softcap", softcap) <= 0:
         raise OptionError(f"softcap must be positive; got {softcap}")
+    return_lse = require_flag("return_lse", return_lse)
     fields = {"q": q, "k": k, "v": v, "bias": bias, "edges": edges,
               "scale": require_real("scale", scale),
               "softcap": None if softcap is None else float(softcap)}

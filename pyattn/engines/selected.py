@@ -32,6 +32,7 @@ from ..checks import (
     ShapeError,
     require_broadcast,
     require_choice,
+    require_flag,
     require_integer,
     require_real,
 )
@@ -273,6 +274,7 @@ def forward(q: Array, k: Array, v: Array, blocks: Any, *, block_size: int,
     # a larger block holds no more than all
     block_size = min(require_integer("block_size", block_size, minimum=1), max(TILE, m))
     causal = require_choice("causal", causal, (False, True, "top_left"))
+    return_lse = require_flag("return_lse", return_lse)
     scale = q.shape[-1] ** -0.5 if scale is None else require_real("scale", scale)
     if softcap is not None and require_real("softcap", softcap) <= 0:
         raise OptionError(f"softcap must be positive; got {softcap}")

@@ -22,7 +22,11 @@ from ..checks import (
     OptionError,
     ShapeError,
     require_broadcast,
+    require_decisions,
+    require_flag,
+    require_integer,
     require_real,
+    require_rng,
 )
 from ..differentiable import Saved, gradients
 from ..masks.order import Order
@@ -170,7 +174,8 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     if softcap is not None and require_real("softcap", softcap) <= 0:
         raise OptionError(f"softcap must be positive; got {softcap}")
     placement = place(batch, n, m, alignment, q_lengths, kv_lengths, segments)
-    decisions = _check_decisions(decisions)
+    decisions = require_decisions(decisions, DECISIONS)
+    return_lse = require_flag("return_lse", return_lse)
     mask = _check_mask(mask, (*batch, heads))
 
     call = record(Call, {
@@ -261,21 +266,14 @@ def _check_dropout(dropout: float) -> float:
     return rate
 
 
-def _check_decisions(decisions: dict[str, Any] | None) -> dict[str, Any]:
-    if decisions is None:
-        return {}
-    unknown = sorted(set(decisions) - set(DECISIONS))
-    if unknown:
-        raise OptionError(f"decisions may hold {', '.join(DECISIONS)}; got {', '.join(unknown)}")
-    return decisions
-
-
 def _seed(dropout: float, rng: Any, decisions: dict[str, Any]) -> int | None:
+    if rng is not None:
+        rng = require_rng(rng)
     if not dropout:
         return None
     if "dropout_seed" in decisions:
-        return int(decisions["dropout_seed"])
-    return int(np.random.default_rng(rng).integers(2**64, dtype=np.uint64))
+        return require_integer("decisions['dropout_seed']", decisions["dropout_seed"], minimum=0)
+    return int(require_rng(rng).integers(2**64, dtype=np.uint64))
 
 
 def _check_mask(mask: Any, rows: tuple[int, ...]) -> masks.Mask:

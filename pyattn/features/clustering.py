@@ -21,11 +21,13 @@ from ..checks import (
     ShapeError,
     require_broadcast,
     require_choice,
+    require_flag,
     require_integer,
     require_real,
 )
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..masks.algebra import host_array
+from .gathering import spread_tokens
 from .precision import cast_like, require_same_shape, widened
 
 METRICS = ("l2", "cosine")
@@ -154,6 +156,9 @@ def kmeans(x: Array, *, num_clusters: int, iterations: int = 10, metric: str = "
     branching = require_integer("branching", branching, minimum=2)
     cosine = require_choice("metric", metric, METRICS) == "cosine"
     require_choice("representative", representative, ("mean", "medoid"))
+    tree = require_flag("tree", tree)
+    if start is not None:
+        arrays.require_float("start", start)
     xp = arrays.namespace(x, start)
     *lead, n, width = x.shape
     heads, counted = math.prod(lead), _lengths(lengths, tuple(lead), n)
@@ -437,12 +442,12 @@ class SegmentMeansSaved(Saved):
         where, heads = arrays.device(dout), math.prod(lead)
         if self.medoids is None:
             size = arrays.from_host(xp, np.maximum(self.counts, 1)[..., None], where)
-            dy, source = dy / xp.astype(size, dy.dtype), self.assignment.reshape(heads, n)
+            dx = _rows_at(xp, xp.reshape(dy / xp.astype(size, dy.dtype), (heads * clusters, width)),
+                          self.assignment.reshape(heads, n), clusters)
         else:
-            source = np.full((heads, n), -1)
-            head, cluster = np.nonzero(self.medoids.reshape(heads, clusters) >= 0)
-            source[head, self.medoids.reshape(heads, clusters)[head, cluster]] = cluster
-        dx = _rows_at(xp, xp.reshape(dy, (heads * clusters, width)), source, clusters)
+            # a token may stand for several clusters
+            dx = spread_tokens(xp.reshape(dy, (heads, clusters, width)),
+                               self.medoids.reshape(heads, clusters), n)
         return gradients(("x",))(cast_like(xp, xp.reshape(dx, (*lead, n, width)), self.x))
 
 
@@ -488,6 +493,9 @@ def segment_means(x: Array, assignment: Any, num_clusters: int, *,
     (array([3.5, 2. ]), array([0.5, 1. , 0.5]))
     """
     num_clusters = require_integer("num_clusters", num_clusters, minimum=1)
+    arrays.require_float("x", x)
+    if x.ndim < 2:
+        raise ShapeError(f"x must be (..., N, D); got {tuple(x.shape)}")
     *lead, n, width = x.shape
     heads, shape = math.prod(lead), tuple(lead)
     assignment = require_numbers("assignment", assignment, (*shape, n), num_clusters)
@@ -616,7 +624,12 @@ def update_centroids(state: Centroids | Array, x: Array, assignment: Any, *, dec
         raise OptionError(f"decay must lie in 0..1; got {decay}")
     if epsilon < 0:
         raise OptionError(f"epsilon must be at least 0; got {epsilon}")
-    state = state if isinstance(state, Centroids) else Centroids.of(state)
+    arrays.require_float("x", x)
+    if not isinstance(state, Centroids):
+        arrays.require_float("state", state)
+        if state.ndim < 2:
+            raise ShapeError(f"state must be (..., C, D); got {tuple(state.shape)}")
+        state = Centroids.of(state)
     xp, old, n, s, wide = widened(centroids=state.centroids, counts=state.counts, sums=state.sums,
                                   x=x)
     *lead, clusters, width = old.shape
@@ -726,6 +739,10 @@ def commitment_loss(x: Array, centroids: Array, assignment: Any, *, beta: float 
     (2.5, array([1., 2.]))
     """
     beta, codebook = require_real("beta", beta), require_real("codebook", codebook)
+    arrays.require_float("x", x)
+    arrays.require_float("centroids", centroids)
+    if centroids.ndim < 2:
+        raise ShapeError(f"centroids must be (..., C, D); got {tuple(centroids.shape)}")
     extra = x.ndim - centroids.ndim
     if extra < 0 or (*x.shape[extra:-2], x.shape[-1]) != (*centroids.shape[:-2],
                                                           centroids.shape[-1]):

@@ -114,7 +114,8 @@ class CompressSaved(Saved):
     kind: str
     blocks: Blocks
     activation: str
-    lengths: tuple[Any, ...] | None
+    lengths: Any
+    """An int, or lists of them, by leading axis; None."""
     hidden: Array | None
     """What the activation of ``"mlp"`` is applied to."""
 
@@ -235,6 +236,7 @@ def compress(x: Array, pe: Array | None = None, w1: Array | None = None, b1: Arr
     >>> y.ravel(), saved.backward(np.array([[[3.0], [6.0]]])).x.ravel()
     (array([1., 3.]), array([1., 1., 3., 2., 2.]))
     """
+    arrays.require_float("x", x)
     if x.ndim < 3:
         raise ShapeError(f"x must be (..., G, N, D); got {tuple(x.shape)}")
     blocks = Blocks(require_integer("block_size", block_size, minimum=1),
@@ -316,7 +318,7 @@ def _is_dense(weights: dict[str, Array], size: int, width: int) -> bool:
         weights["kernel"].ndim == 3 and tuple(weights["kernel"].shape[:2]) == (size, width))
 
 
-def _lengths(lengths: Any, x: Array) -> tuple[Any, ...] | None:
+def _lengths(lengths: Any, x: Array) -> Any:
     if lengths is None:
         return None
     given = host_array(lengths)
@@ -325,15 +327,15 @@ def _lengths(lengths: Any, x: Array) -> tuple[Any, ...] | None:
         raise OptionError(f"lengths must be integers; got {given.dtype}")
     if given.size and not (given.min() >= 0 and given.max() <= x.shape[-2]):
         raise ShapeError(f"lengths must lie in 0..{x.shape[-2]}; got {given.min()}..{given.max()}")
-    return tuple(given.tolist()) if given.ndim else (given.item(),)
+    return given.tolist()
 
 
-def _inside(n: int, lengths: tuple[Any, ...] | None) -> np.ndarray | None:
+def _inside(n: int, lengths: Any) -> np.ndarray | None:
     """Whether each token is before the length, (..., N)."""
     return None if lengths is None else np.arange(n) < host_array(lengths)[..., None]
 
 
-def _whole(blocks: Blocks, lengths: tuple[Any, ...] | None) -> np.ndarray | None:
+def _whole(blocks: Blocks, lengths: Any) -> np.ndarray | None:
     """Whether each block lies before the length, (..., C)."""
     if lengths is None:
         return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import arrays, dispatch
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_broadcast, require_integer
+from ..checks import OptionError, ShapeError, require_broadcast, require_integer, require_rng
 from .clustering import Sets
 
 MOST_BUCKETS = 2**31
@@ -75,10 +75,13 @@ def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, r
     if x.ndim < 3:
         raise ShapeError(f"x must be (..., H, N, D); got {tuple(x.shape)}")
     *lead, heads, n, width = x.shape
+    rng = require_rng(rng)
+    if rotations is not None:
+        arrays.require_float("rotations", rotations)
     xp = arrays.namespace(x, rotations)
     halves = sum(factors) // 2
     if rotations is None:
-        drawn = np.random.default_rng(rng).standard_normal((heads, width, num_rounds, halves))
+        drawn = rng.standard_normal((heads, width, num_rounds, halves))
         rotations = arrays.from_host(xp, drawn, arrays.device(x))
     else:
         require_broadcast("rotations", tuple(rotations.shape), (heads, width, num_rounds, halves),

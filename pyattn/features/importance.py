@@ -174,6 +174,7 @@ def _check(q: Array, k: Array, lse: Array, sizes: dict[str, int]) -> tuple[int, 
     if arrays.require_float("q", q) != arrays.require_float("k_compressed", k):
         raise DtypeError("q and k_compressed must share one dtype; got "
                          f"{arrays.dtype_name(q)} and {arrays.dtype_name(k)}")
+    arrays.require_float("lse", lse)
     shapes = f"q {tuple(q.shape)}, k_compressed {tuple(k.shape)}, lse {tuple(lse.shape)}"
     if q.ndim < 3 or k.ndim < 3 or q.shape[-1] != k.shape[-1]:
         raise ShapeError(f"q and k_compressed must be (..., heads, tokens, D), with one D; got "

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from .. import arrays
 from ..arrays import Array
+from ..checks import OptionError, ShapeError, require_real
 from ..differentiable import Saved, differentiable, gradients
 from .precision import cast_like, require_same_shape, widened
 
 ROWS = 2**9
 """So many tokens are normalised at a time on the host, where they stay in the cache."""
 
-SMALLEST = 1e-12
-"""A token is divided by at least this, so that zeros stay zeros."""
+LARGE = 2.0**50
+"""Squares of larger numbers might not be representable in float32, nor their sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +32,8 @@ class UnitLengthSaved(Saved):
     x: Array
 
     def backward(self, dout: Array) -> Any:
-        """Gradient of x: what lies along a token is lost."""
-        require_same_shape("dout", dout, self.x.shape)
-        xp, dy, x = widened(dout=dout, x=self.x)
-
-        def pull(x: Array, dy: Array) -> Array:
-            length = _length(xp, x)
-            # forward: y = x / |x|
-            y = x / length
-            return (dy - y * xp.vecdot(y, dy)[..., None]) / length
-
-        return gradients(("x",))(cast_like(xp, _by_rows(pull, x, dy), self.x))
+        """Gradient of x: what lies along a token is lost; that of zeros is 0."""
+        return _undone(self.x, dout, _unit, lambda xp, y, dy: y * xp.vecdot(y, dy)[..., None])
 
 
 @differentiable
@@ -50,16 +43,17 @@ def unit_length(x: Array) -> tuple[Array, UnitLengthSaved]:
     Parameters
     ----------
     x : array, shape (..., D), float16 / bfloat16 / float32 / float64
+        Of any magnitude that its dtype can hold.
 
     Returns
     -------
     array, shape (..., D), dtype of `x`
-        Zeros stay zeros.
+        Zeros stay zeros, and have no gradient.
 
     Raises
     ------
-    DtypeError
-        `x` is not of these dtypes.
+    DtypeError, ShapeError
+        `x` is not of these dtypes, or has no axis.
 
     Notes
     -----
@@ -72,14 +66,17 @@ def unit_length(x: Array) -> tuple[Array, UnitLengthSaved]:
     >>> unit_length(np.array([[3.0, 4.0]]))
     array([[0.6, 0.8]])
     """
-    xp, wide = widened(x=x)
-    unit = _by_rows(lambda x: x / _length(xp, x), wide)
-    return cast_like(xp, unit, x), UnitLengthSaved(x)
+    return _done(x, _unit), UnitLengthSaved(x)
 
 
-def _length(xp: Any, x: Array) -> Array:
+def _unit(xp: Any, x: Array) -> tuple[Array, Array]:
+    """Return y, and by what small changes of x are multiplied."""
+    largest = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[-1] else x
+    size = xp.where(largest > 0, largest, xp.ones_like(largest))
+    x = x / size
     length = xp.sqrt(xp.vecdot(x, x))[..., None]
-    return xp.where(length < SMALLEST, xp.full_like(length, SMALLEST), length)
+    rate = 1 / xp.where(largest == 0, xp.ones_like(length), length)
+    return x * rate, xp.where(largest == 0, xp.zeros_like(rate), rate / size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +88,8 @@ class StandardiseSaved(Saved):
 
     def backward(self, dout: Array) -> Any:
         """Gradient of x."""
-        require_same_shape("dout", dout, self.x.shape)
-        xp, dy, x = widened(dout=dout, x=self.x)
-
-        def pull(x: Array, dy: Array) -> Array:
-            centred, rstd = _centred(xp, x, self.eps)
-            # forward: y = (x - mean) * rstd
-            y = centred * rstd
-            return rstd * (dy - _mean(xp, dy) - y * _mean(xp, dy, y))
-
-        return gradients(("x",))(cast_like(xp, _by_rows(pull, x, dy), self.x))
+        return _undone(self.x, dout, lambda xp, x: _standard(xp, x, self.eps),
+                       lambda xp, y, dy: _mean(xp, dy) + y * _mean(xp, dy, y))
 
 
 @differentiable
@@ -110,17 +99,19 @@ def standardise(x: Array, *, eps: float = 1e-5) -> tuple[Array, StandardiseSaved
     Parameters
     ----------
     x : array, shape (..., D), float16 / bfloat16 / float32 / float64
+        Of any magnitude that its dtype can hold.
     eps : float, >= 0
         Added to the variance.
 
     Returns
     -------
     array, shape (..., D), dtype of `x`
+        Tokens of D equal numbers become zeros, and have no gradient if `eps` is 0.
 
     Raises
     ------
-    DtypeError
-        `x` is not of these dtypes.
+    DtypeError, ShapeError, OptionError
+        `x` is not of these dtypes or has no axis, or `eps` is negative.
 
     Notes
     -----
@@ -133,18 +124,22 @@ def standardise(x: Array, *, eps: float = 1e-5) -> tuple[Array, StandardiseSaved
     >>> standardise(np.array([[1.0, 3.0]]), eps=0.0)
     array([[-1.,  1.]])
     """
-    xp, wide = widened(x=x)
-
-    def normal(x: Array) -> Array:
-        centred, rstd = _centred(xp, x, eps)
-        return centred * rstd
-
-    return cast_like(xp, _by_rows(normal, wide), x), StandardiseSaved(x, eps)
+    eps = require_real("eps", eps)
+    if eps < 0:
+        raise OptionError(f"eps must be at least 0; got {eps}")
+    return _done(x, lambda xp, x: _standard(xp, x, eps)), StandardiseSaved(x, eps)
 
 
-def _centred(xp: Any, x: Array, eps: float) -> tuple[Array, Array]:
+def _standard(xp: Any, x: Array, eps: float) -> tuple[Array, Array]:
+    """Return y, and by what small changes of x are multiplied."""
+    largest = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[-1] else x
+    size = xp.where(largest > LARGE, largest, xp.ones_like(largest))
+    x = x / size
     centred = x - _mean(xp, x)
-    return centred, 1 / xp.sqrt(_mean(xp, centred, centred) + eps)
+    variance = _mean(xp, centred, centred) + eps / size / size
+    some = variance != 0
+    rate = 1 / xp.sqrt(xp.where(some, variance, xp.ones_like(variance)))
+    return centred * rate, xp.where(some, rate / size, xp.zeros_like(rate))
 
 
 def _mean(xp: Any, x: Array, y: Array | None = None) -> Array:
@@ -153,14 +148,37 @@ def _mean(xp: Any, x: Array, y: Array | None = None) -> Array:
     return total[..., None] / x.shape[-1]
 
 
+def _done(x: Array, function: Callable[..., tuple[Array, Array]]) -> Array:
+    """Return the tokens normalised by ``function(xp, tokens)``."""
+    arrays.require_float("x", x)
+    if not x.ndim:
+        raise ShapeError("x must be (..., D); got ()")
+    xp, wide = widened(x=x)
+    return cast_like(xp, _by_rows(lambda x: function(xp, x)[0], wide), x)
+
+
+def _undone(x: Array, dout: Array, function: Callable[..., tuple[Array, Array]],
+            lost: Callable[..., Array]) -> Any:
+    """Return the gradient: ``rate * (dy - lost(xp, y, dy))`` where y, rate are the function's."""
+    require_same_shape("dout", dout, x.shape)
+    xp, dy, wide = widened(dout=dout, x=x)
+
+    def pull(x: Array, dy: Array) -> Array:
+        y, rate = function(xp, x)
+        return rate * (dy - lost(xp, y, dy))
+
+    return gradients(("x",))(cast_like(xp, _by_rows(pull, wide, dy), x))
+
+
 def _by_rows(function: Callable[..., Array], *given: Array) -> Array:
     """Return ``function(*given)`` of arrays (..., D), which does the same to every token."""
-    if any(type(x) is not np.ndarray for x in given):
-        return function(*given)
-    shape = given[0].shape
-    out = np.empty(shape, given[0].dtype)
-    parts = [x.reshape(math.prod(shape[:-1]), shape[-1]) for x in (out, *given)]
-    for start in range(0, len(parts[0]), ROWS):
-        done, *rest = (x[start:start + ROWS] for x in parts)
-        done[:] = function(*rest)
-    return out
+    with np.errstate(invalid="ignore", over="ignore"):
+        if any(type(x) is not np.ndarray for x in given):
+            return function(*given)
+        shape = given[0].shape
+        out = np.empty(shape, given[0].dtype)
+        parts = [x.reshape(math.prod(shape[:-1]), shape[-1]) for x in (out, *given)]
+        for start in range(0, len(parts[0]), ROWS):
+            done, *rest = (x[start:start + ROWS] for x in parts)
+            done[:] = function(*rest)
+        return out

@@ -194,6 +194,7 @@ def span_means(x: Array) -> tuple[Array, SpanMeansSaved]:
     >>> span_means(np.array([[0.], [2.], [7.]])).ravel()
     array([0., 2., 7., 1., 7., 3.])
     """
+    arrays.require_float("x", x)
     if x.ndim < 2:
         raise ShapeError(f"x must be (..., n, D); got {tuple(x.shape)}")
     xp, level = widened(x=x)

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import arrays, dispatch
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_integer, require_real
+from ..checks import OptionError, ShapeError, require_flag, require_integer, require_real
 from .clustering import (
     Sets,
     kmeans,
@@ -125,6 +125,7 @@ def group_keys(k: Array, *, num_clusters: int, iterations: int = 10, metric: str
     >>> group_keys(k, num_clusters=1, segment=2).assignments[0]
     array([[ 0,  0,  1,  1, -1]], dtype=int32)
     """
+    tree = require_flag("tree", tree)
     if segment is None:
         found = kmeans(k, num_clusters=num_clusters, iterations=iterations, metric=metric,
                        lengths=lengths, tree=tree, branching=BRANCHING)
@@ -367,6 +368,11 @@ def select_tokens(q: Array, k: Array, groups: Groups | Index, last: Any, *, num_
 
 def _queries(q: Array, k: Array, last: Any) -> tuple[Array, np.ndarray]:
     """Check q against k; the grouped queries, and `last` in full."""
+    arrays.require_float("q", q)
+    arrays.require_float("k", k)
+    if q.ndim < 3 or k.ndim < 3:
+        raise ShapeError("q must be (..., H, N, D) and k (..., G, M, D); got q "
+                         f"{tuple(q.shape)}, k {tuple(k.shape)}")
     heads, groups = q.shape[-3], k.shape[-3]
     if q.shape[-1] != k.shape[-1] or tuple(q.shape[:-3]) != tuple(k.shape[:-3]) or (
             heads % groups if groups else heads):
@@ -451,6 +457,7 @@ def select_from_buckets(q: Array, k: Array, buckets: tuple[Any, Any], last: Any,
     num_candidates = require_integer("num_candidates", num_candidates, minimum=1)
     grouped, last = _queries(q, k, last)
     xp, (*lead, m, width) = arrays.namespace(k), k.shape
+    num_candidates = min(num_candidates, max(m, 1))
     n, heads = q.shape[-2], math.prod(lead)
     rounds = np.shape(buckets[0])[-2]
     own = require_numbers("buckets of queries", buckets[0], (*lead, rounds, n), 2**31)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array
-from ..checks import OptionError
+from ..checks import OptionError, require_rng
 from ..differentiable import Saved, differentiable, gradients
 from ..features.positions import add_positions, embedding
 from .linear import linear
@@ -51,7 +51,7 @@ def init_language_model(rng: Any, *, vocabulary: int, width: int, depth: int, nu
     >>> sorted(init_language_model(0, vocabulary=10, width=8, depth=1))
     ['b_out', 'blocks', 'embedding', 'norm_beta', 'norm_gamma', 'w_out']
     """
-    rng = np.random.default_rng(rng)
+    rng = require_rng(rng)
     # so that the untrained model holds all tokens for about equally likely
     small = 0.1 / math.sqrt(width)
     params = {

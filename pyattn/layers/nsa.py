@@ -12,8 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from .. import arrays
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_choice, require_integer
+from ..checks import (
+    OptionError,
+    ShapeError,
+    require_choice,
+    require_flag,
+    require_integer,
+    require_real,
+    require_rng,
+)
 from ..differentiable import Saved, differentiable, gradients
 from ..features.positions import rotary
 from ..features.precision import cast_like, require_same_shape, widened
@@ -73,7 +82,8 @@ def init_nsa_layer(rng: Any, width: int, *, num_heads: int, num_kv_heads: int | 
     >>> {name: x.shape for name, x in params.items()}
     {'w_q': (16, 16), 'w_kv': (16, 8), 'w_o': (16, 16), 'w_gate': (16, 12), 'b_gate': (12,)}
     """
-    rng = np.random.default_rng(rng)
+    rng = require_rng(rng)
+    separate = require_flag("separate", separate)
     width = require_integer("width", width, minimum=1)
     num_heads, groups = _heads(num_heads, num_kv_heads)
     depth = require_integer("depth", depth, minimum=1)
@@ -231,6 +241,7 @@ def nsa_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
     require_params(params, WEIGHTS, ("w_kv_compressed", "w_kv_window",
                                      *COMPRESSION["k"], *COMPRESSION["v"]))
     d = params["w_q"].shape[-1] // num_heads
+    arrays.require_float("x", x)
     require_affine(x, params["w_q"], None, ("x", "w_q", ""))
     require_affine(x, params["w_gate"], params["b_gate"], ("x", "w_gate", "b_gate"))
     for name, columns in (("w_q", num_heads * d), ("w_gate", 3 * num_heads),
@@ -243,6 +254,9 @@ def nsa_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
     if params["w_o"].ndim != 2 or params["w_o"].shape[0] != num_heads * d:
         raise ShapeError(f"w_o must have num_heads * value width = {num_heads * d} rows; got shape "
                          f"{tuple(params['w_o'].shape)}")
+    interleaved = require_flag("interleaved", interleaved)
+    if rotary_base is not None and require_real("rotary_base", rotary_base) <= 0:
+        raise OptionError(f"rotary_base must be positive; got {rotary_base}")
     if rotary_base is None and (positions is not None or interleaved):
         raise OptionError("positions and interleaved speak of rotary positions; give rotary_base "
                           "with them")

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_integer
+from ..checks import DtypeError, OptionError, ShapeError, require_integer, require_rng
 from ..differentiable import Saved, differentiable, gradients
 from ..features.precision import cast_like, widened
 from ..features.windows import (
@@ -32,7 +32,9 @@ from .vit import patchify
 
 def require_params(params: Mapping[str, Any], needed: Sequence[str],
                    optional: Sequence[str] = ()) -> None:
-    """Raise OptionError unless `params` has the names `needed`, and else only `optional`."""
+    """Raise unless `params` is a dict that has the names `needed`, and else only `optional`."""
+    if not isinstance(params, Mapping):
+        raise DtypeError(f"params must be a dict of arrays; got {type(params).__name__}")
     missing = [name for name in needed if name not in params]
     unknown = [name for name in params if name not in (*needed, *optional)]
     if missing or unknown:
@@ -69,7 +71,7 @@ def init_swin_block(rng: Any, width: int, *, num_heads: int, window: int, depth:
     >>> init_swin_block(0, 8, num_heads=2, window=4)["bias_table"].shape
     (49, 2)
     """
-    rng = np.random.default_rng(rng)
+    rng = require_rng(rng)
     window = require_integer("window", window, minimum=1)
     params = init_transformer_block(rng, width, num_heads=num_heads, depth=depth, hidden=hidden,
                                     dtype=dtype)
@@ -344,7 +346,7 @@ def init_swin(rng: Any, *, image: tuple[int, int], channels: int = 3, patch: int
     >>> params["stages"][1]["blocks"][0]["w_qkv"].shape
     (16, 48)
     """
-    rng = np.random.default_rng(rng)
+    rng = require_rng(rng)
     patch = require_integer("patch", patch, minimum=1)
     if len(depths) != len(num_heads):
         raise OptionError("depths and num_heads must have an entry for each stage; got "
@@ -494,7 +496,7 @@ def swin(images: Array, params: Mapping[str, Any], *, patch: int, num_heads: Seq
                           f"stages; got {num_heads}")
     shift = window // 2 if shift is None else shift
     if rng is not None:
-        rng = np.random.default_rng(rng)
+        rng = require_rng(rng)
     tokens, patches = patchify.forward(images, patch=patch)
     x, projected = linear.forward(tokens, params["w_patch"], params["b_patch"])
     x = arrays.reshape(arrays.namespace(x), x, (

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..checks import ShapeError, require_integer
+from ..checks import ShapeError, require_integer, require_rng
 from ..differentiable import Saved, differentiable, gradients
 from ..variants.temporal import temporal_attention
 from .feed_forward import feed_forward
@@ -57,7 +57,7 @@ def init_timesformer_block(rng: Any, width: int, *, num_heads: int, hidden: int 
     >>> init_timesformer_block(0, 8, num_heads=2)["temporal_w_qkv"].shape
     (8, 24)
     """
-    rng = np.random.default_rng(rng)
+    rng = require_rng(rng)
     options = {"num_heads": num_heads, "hidden": hidden, "depth": depth, "dtype": dtype}
     params = init_transformer_block(rng, width, **options)
     temporal = init_transformer_block(rng, width, **options)
@@ -213,7 +213,7 @@ def timesformer_block(x: Array, params: Mapping[str, Array], *, frames: int, num
     if x.ndim < 2 or x.shape[-2] < 1 or (x.shape[-2] - 1) % frames:
         raise ShapeError(f"x must be (..., 1 + frames * places, C) for {frames} frames; got "
                          f"{tuple(x.shape)}")
-    rng = None if rng is None else np.random.default_rng(rng)
+    rng = None if rng is None else require_rng(rng)
     xp = arrays.namespace(x)
 
     def attend(name: str, tokens: Array, prefix: str, **options: Any) -> tuple[Array, Any]:

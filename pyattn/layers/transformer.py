@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array
-from ..checks import OptionError, require_choice, require_integer
+from ..checks import OptionError, require_choice, require_integer, require_rng
 from ..differentiable import Saved, differentiable, gradients
 from .feed_forward import feed_forward
 from .multi_head import multi_head
@@ -68,7 +68,7 @@ def init_transformer_block(rng: Any, width: int, *, num_heads: int = 1,
     >>> init_transformer_block(0, 8, num_heads=2)["w_qkv"].shape
     (8, 24)
     """
-    rng = np.random.default_rng(rng)
+    rng = require_rng(rng)
     width = require_integer("width", width, minimum=1)
     num_heads = require_integer("num_heads", num_heads, minimum=1)
     groups = num_heads if num_kv_heads is None else require_integer(
@@ -325,7 +325,7 @@ def transformer(x: Array, blocks: Sequence[Mapping[str, Array]], *, num_heads: i
     3
     """
     if rng is not None:
-        options["rng"] = np.random.default_rng(rng)
+        options["rng"] = require_rng(rng)
     kept = []
     for i, params in enumerate(blocks):
         if decisions is not None:

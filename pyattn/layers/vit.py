@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_choice, require_integer
+from ..checks import OptionError, ShapeError, require_choice, require_integer, require_rng
 from ..differentiable import Saved, differentiable, gradients
 from ..features.positions import add_positions, sinusoidal
 from ..features.precision import cast_like, require_same_shape, widened
@@ -132,7 +132,7 @@ def init_vit(rng: Any, *, image: tuple[int, int], channels: int = 3, patch: int 
     (5, 16)
     """
     require_choice("positions", positions, ("learned", "sinusoidal", "none"))
-    rng = np.random.default_rng(rng)
+    rng = require_rng(rng)
     height, breadth = _patch(patch)
     pixels = height * breadth * channels
     tokens = (image[0] // height) * (image[1] // breadth)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import DtypeError, ShapeError, require_integer
+from ..checks import DtypeError, ShapeError, require_integer, require_rng
 from .algebra import EMPTY, FULL, PARTIAL, Index, Mask, host_array, share, within
 from .bits import TILE, pack, spans
 from .placement import Frame
@@ -378,7 +378,7 @@ def random_blocks(num: int, block_size: int, rng: Any = None) -> Mask:
            [2, 1],
            [3, 0]])
     """
-    seed = rng if isinstance(rng, int) else int(np.random.default_rng(rng).integers(2**63))
+    seed = rng if isinstance(rng, int) else int(require_rng(rng).integers(2**63))
     return RandomBlocks(num, block_size, seed)
 
 

@@ -7,11 +7,10 @@ import functools
 import math
 from typing import Any
 
-import numpy as np
 
 from .. import arrays, masks
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_choice, require_integer
+from ..checks import OptionError, ShapeError, require_choice, require_integer, require_rng
 from ..differentiable import Saved, differentiable, gradients
 from ..engines.softmax import SoftmaxSaved
 from ..features.windows import inside, line_order, refuse, require_grid
@@ -132,7 +131,7 @@ def axial_attention(q: Array, k: Array, v: Array, *, shape: Any, axes: Any = Non
                          f"axis' output is the next one's v; got q {tuple(q.shape)}, "
                          f"k {tuple(k.shape)}")
     if rng is not None:
-        rng = np.random.default_rng(rng)
+        rng = require_rng(rng)
     if mask is not None:
         mask = masks.restrict(masks.full(), mask)
     out, passes = None, []

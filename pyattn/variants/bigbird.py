@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import masks
 from ..arrays import Array
-from ..checks import OptionError, require_integer
+from ..checks import OptionError, require_integer, require_rng
 from ..differentiable import differentiable
 from .attention import attention
 from .block_choice import BlockChoiceSaved, draw_blocks, heads_and_tokens, take_blocks
@@ -119,7 +119,7 @@ def bigbird_attention(q: Array, k: Array, v: Array, *, block_size: int = 64, num
         window = row[:, None] + np.arange(num_window) - num_window // 2
         window = np.where((window >= 0) & (window < rows), window, -1)
         if blocks is None:
-            rng = np.random.default_rng(rng)
+            rng = require_rng(rng)
             blocks = _draw(rng, heads, is_global, window, num_random)
         token = np.arange(tokens)
         everywhere = is_global[token // size] | (token < extra)

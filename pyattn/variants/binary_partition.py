@@ -13,7 +13,7 @@ from .. import arrays
 from ..arrays import Array
 from ..checks import (
     ShapeError,
-    require_choice,
+    require_flag,
     require_integer,
     require_real,
 )
@@ -183,7 +183,7 @@ def bp_attention(q: Array, k: Array, v: Array, edge_bias: Array | None = None, *
     True
     """
     step = require_integer("step", step, minimum=1)
-    causal = require_choice("causal", causal, (False, True))
+    causal, log_size = require_flag("causal", causal), require_flag("log_size", log_size)
     batch = require_operands(q, k, v)
     (heads, n, d), m = q.shape[-3:], k.shape[-2]
     if n > m:

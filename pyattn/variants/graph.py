@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..checks import DtypeError, OptionError, ShapeError, require_real
+from ..checks import DtypeError, OptionError, ShapeError, require_flag, require_real
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import edges as engine
 from ..engines.edges import Edges, EdgesSaved, sums_by_row
@@ -151,6 +151,7 @@ def _expanded(table: Array, types: np.ndarray, heads: int, like: Array) -> Array
 def lists_of(graph: Any, batch: int, heads: int, shape: tuple[int, int], *, self_loops: bool,
              edge_type: Any = None) -> tuple[Edges, np.ndarray | None]:
     """Turn graphs of `shape` (N, M) into lists, and types into one for each edge of these."""
+    self_loops = require_flag("self_loops", self_loops)
     several = isinstance(graph, Sequence)
     graphs = list(graph) if several else [graph]
     if several and len(graphs) != batch:
@@ -326,6 +327,8 @@ def gat_attention(h: Array, a_query: Array, a_key: Array, graph: Any, *,
     >>> pyattn.gat_attention(h, np.zeros((1, 1)), np.zeros((1, 1)), path).ravel()
     array([0.5, 1.5, 2. ])
     """
+    for name, x in (("h", h), ("a_query", a_query), ("a_key", a_key)):
+        arrays.require_float(name, x)
     xp, wide, left, right = widened(h=h, a_query=a_query, a_key=a_key)
     arrays.require_same_device({"h": h, "a_query": a_query, "a_key": a_key})
     if h.ndim < 3:

@@ -10,7 +10,16 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..checks import DtypeError, OptionError, ShapeError, require_choice, require_integer
+from ..checks import (
+    DtypeError,
+    OptionError,
+    ShapeError,
+    require_decisions,
+    require_flag,
+    require_integer,
+    require_real,
+    require_rng,
+)
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import softmax
 from ..engines.placement import place
@@ -143,12 +152,14 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
     >>> saved.decisions["buckets"].shape
     (1, 2, 4)
     """
-    causal = require_choice("causal", causal, (False, True))
+    causal = require_flag("causal", causal)
     bucket_length = require_integer("bucket_length", bucket_length, minimum=1)
     num_rounds = require_integer("num_rounds", num_rounds, minimum=1)
-    reference = require_choice("reference", reference, (False, True))
-    across = require_choice("attend_across_buckets", attend_across_buckets, (False, True))
-    deduplicate = require_choice("deduplicate", deduplicate, (False, True))
+    reference = require_flag("reference", reference)
+    across = require_flag("attend_across_buckets", attend_across_buckets)
+    deduplicate = require_flag("deduplicate", deduplicate)
+    return_lse = require_flag("return_lse", return_lse)
+    scale = 1.0 if scale is None else require_real("scale", scale)
     xp = arrays.namespace(qk, v)
     dtypes = arrays.require_float("qk", qk), arrays.require_float("v", v)
     if dtypes[0] != dtypes[1]:
@@ -161,8 +172,8 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
     *batch, heads, n, _width = qk.shape
     # a longer chunk holds no more
     bucket_length = min(bucket_length, max(1, n))
-    generator = np.random.default_rng(rng)
-    decisions = dict(decisions or {})
+    generator = require_rng(rng)
+    decisions = require_decisions(decisions, ("buckets", *softmax.DECISIONS))
     buckets = decisions.pop("buckets", None)
     if buckets is None:
         if num_buckets is None:
@@ -181,8 +192,8 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
     q, k, values = (arrays.reshape(xp, x, (len(lengths), 1, n, x.shape[-1]))
                     for x in (qk, keys, v))
     out, attended = softmax.forward(
-        q, k, values, mask=listed, alignment="top_left", scale=1.0 if scale is None else scale,
-        softcap=softcap, dropout=dropout, rng=generator, q_lengths=lengths, kv_lengths=lengths,
+        q, k, values, mask=listed, alignment="top_left", scale=scale, softcap=softcap,
+        dropout=dropout, rng=generator, q_lengths=lengths, kv_lengths=lengths,
         return_lse=return_lse, decisions=decisions)
     saved = LshSaved(attended, unit, buckets)
     if return_lse:

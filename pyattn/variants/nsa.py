@@ -18,6 +18,7 @@ from ..checks import (
     ShapeError,
     require_broadcast,
     require_choice,
+    require_decisions,
     require_integer,
     require_real,
 )
@@ -271,10 +272,10 @@ def nsa_attention(q: Array, k: Array, v: Array, gates: Array, k_compressed: Arra
     names = tuple(name for name, x in given.items() if x is not None)
     keys = {name: _keys(name, given) for name in BRANCHES}
     _check_keys(given, q, gates)
-    unknown = sorted(set(decisions or {}) - set(_DECISIONS[mode]))
-    if unknown:
-        raise OptionError(f"decisions of mode {mode!r} may hold {', '.join(_DECISIONS[mode])}; got "
-                          f"{', '.join(map(str, unknown))}")
+    for name in ("k_weights", "v_weights"):
+        if not isinstance(given[name], Mapping | None):
+            raise DtypeError(f"{name} must be a dict of arrays; got {type(given[name]).__name__}")
+    decisions = require_decisions(decisions, _DECISIONS[mode])
     (k_far, v_far), _, (k_near, v_near) = (map(given.get, keys[name]) for name in BRANCHES)
     placed: dict[str, Any] = {"causal": causal, "scale": scale, "q_lengths": q_lengths,
                               "kv_lengths": kv_lengths}
@@ -319,7 +320,7 @@ def _options(mode: str, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         default = parameters[name].default
         if name not in _OPTIONS[mode] and value is not default and (
-                default is None or value != default):
+                type(value) is not type(default) or value != default):
             modes = " and ".join(repr(other) for other in _OPTIONS if name in _OPTIONS[other])
             raise OptionError(f"{name} must be left out: it is of mode {modes}, not {mode!r}")
     found = {name: values[name] for name in _OPTIONS[mode] if "weights" not in name}

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import arrays, masks
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_integer
+from ..checks import OptionError, ShapeError, require_choice, require_integer
 from ..differentiable import Saved, gradients
 from ..engines import selected as listed_blocks
 from ..engines.placement import first_position
@@ -62,8 +62,7 @@ def compressed(q: Array, k: Array, v: Array, *, k_weights: Mapping[str, Array] |
     if k.shape[-2:-1] != v.shape[-2:-1]:
         raise ShapeError(f"k and v must have equally many tokens; got k {tuple(k.shape)}, "
                          f"v {tuple(v.shape)}")
-    if compression not in WEIGHTS:
-        raise OptionError(f"compression must be one of {', '.join(WEIGHTS)}; got {compression!r}")
+    require_choice("compression", compression, tuple(WEIGHTS))
     done = {}
     for name, x, weights in (("k", k, k_weights), ("v", v, v_weights)):
         known = ("pe", *WEIGHTS[compression])

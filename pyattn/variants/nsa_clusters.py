@@ -17,7 +17,14 @@ import numpy as np
 
 from .. import arrays, masks
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_choice, require_integer
+from ..checks import (
+    OptionError,
+    ShapeError,
+    require_choice,
+    require_flag,
+    require_integer,
+    require_rng,
+)
 from ..differentiable import ON_HOST, Saved, gradients
 from ..engines import edges
 from ..engines.placement import first_position
@@ -85,7 +92,7 @@ def group(q: Array, k: Array, *, mode: str = "kmeans", num_clusters: int | None 
     """
     require_choice("mode", mode, ("kmeans", "lsh"))
     causal = require_choice("causal", causal, (False, True, "top_left"))
-    decisions = decisions or {}
+    tree, decisions = require_flag("tree", tree), decisions or {}
     _require_alike(q, k, k)
     *lead, m, width = k.shape
     if q.shape[-1] != width:
@@ -94,7 +101,9 @@ def group(q: Array, k: Array, *, mode: str = "kmeans", num_clusters: int | None 
         raise OptionError("segment is for causal attention; without causal keys are grouped as a "
                           f"whole; got segment={segment!r}")
     if causal is not False:
-        segment = require_integer("segment", SEGMENT if segment is None else segment, minimum=1)
+        # in a longer one nothing is over either
+        segment = min(m + 1, require_integer("segment", SEGMENT if segment is None else segment,
+                                             minimum=1))
     lengths = None if kv_lengths is None else host_array(kv_lengths)[..., None]
     if num_clusters is None:
         num_clusters = math.isqrt(m) if segment is None else segment // TOKENS_OF_A_CLUSTER
@@ -155,11 +164,13 @@ def _by_hash(q: Array, k: Array, num_clusters: int, factors: tuple[int, ...], nu
     """
     *lead, m, width = k.shape
     n, xp = q.shape[-2], arrays.namespace(q, k)
-    num_rounds = require_integer("num_rounds", num_rounds, minimum=1)
+    num_rounds, rng = require_integer("num_rounds", num_rounds, minimum=1), require_rng(rng)
     if rotations is None:
         shape = (k.shape[-3], width, num_rounds, sum(factors) // 2)
-        rotations = arrays.from_host(xp, np.random.default_rng(rng).standard_normal(shape),
-                                     arrays.device(k))
+        rotations = arrays.from_host(xp, rng.standard_normal(shape), arrays.device(k))
+    elif arrays.require_float("rotations", rotations) and rotations.ndim != 4:
+        raise ShapeError("rotations must be (G or 1, D, num_rounds, half the sum of num_buckets); "
+                         f"got {tuple(rotations.shape)}")
     if "buckets" in decisions:
         both = require_numbers("decisions' buckets", decisions["buckets"],
                                (*lead, num_rounds, n + m), math.prod(factors))

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import masks
 from ..arrays import Array
-from ..checks import require_integer
+from ..checks import require_integer, require_rng
 from ..differentiable import differentiable
 from .attention import attention
 from .block_choice import BlockChoiceSaved, draw_blocks, heads_and_tokens, take_blocks
@@ -90,7 +90,7 @@ def random_attention(q: Array, k: Array, v: Array, *, num_random: int, block_siz
     own = np.arange(num_blocks)[:, None]
     blocks, decisions = take_blocks(decisions)
     if blocks is None:
-        rng = np.random.default_rng(rng)
+        rng = require_rng(rng)
         count = max(min(num_random, num_blocks - 1), 0)
         blocks = draw_blocks(rng, heads, own, num_blocks, count)
     pattern = masks.block_lists(blocks, block_size) | masks.block_lists(own, block_size)

@@ -10,7 +10,16 @@ import numpy as np
 
 from .. import arrays, dispatch
 from ..arrays import Array
-from ..checks import DtypeError, OptionError, ShapeError, require_choice, require_integer
+from ..checks import (
+    DtypeError,
+    OptionError,
+    ShapeError,
+    require_choice,
+    require_decisions,
+    require_flag,
+    require_integer,
+    require_real,
+)
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import softmax
 from ..engines.placement import place
@@ -169,7 +178,8 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
     True
     """
     causal = require_choice("causal", causal, (False, True, "top_left"))
-    reference = require_choice("reference", reference, (False, True))
+    reference = require_flag("reference", reference)
+    return_lse = require_flag("return_lse", return_lse)
     mode = require_choice("mode", mode, (None, "assign", "top"))
     if mode is None:
         mode = "assign" if causal is not False and not reference else "top"
@@ -179,6 +189,8 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
         raise OptionError("return_lse needs mode='assign': the mean over several clusters has no "
                           "log-sum-exp")
     cluster_size = require_integer("cluster_size", cluster_size, minimum=1)
+    scale = None if scale is None else require_real("scale", scale)
+    arrays.require_float("centroids", centroids)
     xp = arrays.namespace(q, k, v, centroids)
     batch = softmax.require_operands(q, k, v)
     heads, n, m = q.shape[-3], q.shape[-2], k.shape[-2]
@@ -189,7 +201,6 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
                          f"{tuple(centroids.shape)}")
     if not centroids.shape[1]:
         raise ShapeError("centroids must hold at least one cluster; got none")
-    arrays.require_float("centroids", centroids)
     alignment = "top_left" if causal == "top_left" else "bottom_right"
     placement = place(batch, n, m, alignment, q_lengths, kv_lengths, None)
     wide_q, wide_k, wide_v = (xp.broadcast_to(x, (*batch, *x.shape[-3:])) for x in (q, k, v))
@@ -198,7 +209,7 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
     limits = [np.repeat(x.astype(np.int64), heads)
               for x in (placement.q_lengths, placement.kv_lengths, placement.offset)]
     queries, keys = _flat(xp, normal_q), _flat(xp, _repeated(xp, normal_k, heads))
-    given = dict(decisions or {})
+    given = require_decisions(decisions, ("clusters", "key_clusters", *softmax.DECISIONS))
     found = []
     for name, x, lengths in (("clusters", queries, limits[0]), ("key_clusters", keys, limits[1])):
         shape = x.shape[1:2] if mode == "assign" else (centroids.shape[1], cluster_size)

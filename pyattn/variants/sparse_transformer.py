@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import masks
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_choice, require_integer
+from ..checks import OptionError, ShapeError, require_choice, require_integer, require_rng
 from ..differentiable import differentiable
 from .attention import attention
 from .block_choice import BlockChoiceSaved, draw_blocks, heads_and_tokens, take_blocks
@@ -123,7 +123,7 @@ def sparse_transformer_attention(q: Array, k: Array, v: Array, *, stride: int,
         own = np.arange(-(-tokens // stride))[:, None]
         blocks, decisions = take_blocks(decisions)
         if blocks is None:
-            rng = np.random.default_rng(rng)
+            rng = require_rng(rng)
             count = max(min(require_integer("num_random", num_random, minimum=0), len(own) - 1), 0)
             blocks = draw_blocks(rng, num_heads, own, len(own), count)
         if blocks.ndim > 3:

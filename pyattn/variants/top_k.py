@@ -16,6 +16,7 @@ from ..checks import (
     ShapeError,
     require_broadcast,
     require_choice,
+    require_decisions,
     require_integer,
     require_real,
 )
@@ -170,9 +171,7 @@ def _mask(mask: Any, causal: bool | str, rows: tuple[int, ...]) -> masks.Mask:
 
 def _given(decisions: dict[str, Any] | None, rows: tuple[int, ...], m: int) -> np.ndarray | None:
     """The indices that were decided on before, if there are any."""
-    unknown = sorted(set(decisions or {}) - {"indices"})
-    if unknown:
-        raise OptionError(f"decisions may hold indices; got {', '.join(unknown)}")
+    decisions = require_decisions(decisions, ("indices",))
     if not decisions:
         return None
     indices = host_array(decisions["indices"])
