@@ -46,7 +46,7 @@ def require_real(name: str, value: Any) -> float:
             raise TypeError
         real = float(value)
     except OverflowError:
-        raise OptionError(f"{name} must be finite in float64; got {value!r:.20}...") from None
+        raise OptionError(f"{name} must be finite in float64; got a larger integer") from None
     except (TypeError, ValueError):
         raise OptionError(f"{name} must be a real number; got {value!r}") from None
     if not math.isfinite(real):

@@ -7,7 +7,6 @@ import functools
 import math
 from typing import Any
 
-
 from .. import arrays, masks
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_choice, require_integer, require_rng
