@@ -459,6 +459,15 @@ def test_shared_keys_equal_copied_keys(groups, backend):
     assert full.stats["bytes"] - saved.stats["bytes"] == shared
 
 
+def test_merged_shares_add_up_to_one_however_large_they_are():
+    out = np.random.default_rng(0).standard_normal((1, 3, 4), np.float32)
+    lse = np.full((1, 3), 1e8, np.float32)
+    (merged, _), saved = pyattn.merge.forward(out, lse, -out, lse)
+    np.testing.assert_allclose(merged, 0, atol=1e-7)
+    grads = saved.backward(np.ones_like(out))
+    np.testing.assert_array_equal(grads.out_a + grads.out_b, np.ones_like(out))
+
+
 def test_merge_with_an_empty_part_and_poison():
     out = draw(1, 4, 3)
     nothing = np.full((1, 4), -np.inf, "f")

@@ -149,6 +149,21 @@ def test_equal_rounds_are_one():
     assert lse.shape == (2, 50)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "array_api"])
+@pytest.mark.parametrize("size", [1.0, 1e8, 1e25])
+def test_rounds_add_up_to_one_however_large_scores_are(size, backend):
+    rng = np.random.default_rng(0)
+    qk, v = (rng.standard_normal((1, 2, 70, 8)).astype(np.float32) for _ in range(2))
+    qk *= np.float32(size)
+    found = []
+    for rounds in (1, 3):
+        buckets = np.zeros((1, 2, rounds, 70), int)
+        with pyattn.use_backend(backend):
+            found.append(pyattn.lsh_attention(qk, v, num_rounds=rounds, bucket_length=70,
+                                              decisions={"buckets": buckets}))
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("reference", [False, True])
 def test_only_the_original_hears_of_later_tokens(reference):
     qk, v = draw((1, 96, 8)), draw((1, 96, 8), 1)

@@ -105,11 +105,20 @@ def _merged(xp: Any, new: tuple[Array, Array], old: tuple[Array, Array]) -> tupl
     """Return the result over the pairs of both."""
     lse = log_sum(xp, new[1], old[1])
     total = None
-    for out, own in (old, new):
+    for (out, own), (_, other) in ((old, new), (new, old)):
         with np.errstate(all="ignore"):
-            part = xp.where(own == -math.inf, 0.0, xp.exp(own - lse))[..., None] * out
+            part = share_of(xp, own, other)[..., None] * out
         total = part if total is None else arrays.added(total, part)
     return total, lse
+
+
+def share_of(xp: Any, lse: Array, other: Array) -> Array:
+    """Return exp(lse) / (exp(lse) + exp(other)), 0 for an lse of -inf.
+
+    The shares of both add up to 1, where ``exp(lse - log_sum)`` has the rounding of a large sum.
+    """
+    with np.errstate(all="ignore"):
+        return xp.where(lse == -math.inf, 0.0, 1 / (1 + xp.exp(other - lse)))
 
 
 def log_sum(xp: Any, x: Array, y: Array) -> Array:

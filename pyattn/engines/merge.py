@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from .. import arrays
 from ..arrays import Array
 from ..checks import DtypeError, ShapeError
 from ..differentiable import Saved, differentiable, gradients
+from .indexed import log_sum, share_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class MergeSaved(Saved):
         acc = self.lse.dtype
         dout = xp.astype(dout, acc)
         found = {}
-        for side in ("a", "b"):
+        for side, other in (("a", self.lse_b), ("b", self.lse_a)):
             out, lse = getattr(self, f"out_{side}"), getattr(self, f"lse_{side}")
-            share = _share(xp, lse, self.lse)[..., None]
+            share = share_of(xp, lse, other)[..., None]
             seen = share > 0
             # forward: out = share_a out_a + share_b out_b, with share = exp(lse_part - lse)
             found[f"out_{side}"] = arrays.cast(xp, xp.where(seen, share * dout, 0.0), out.dtype)
@@ -47,12 +47,6 @@ class MergeSaved(Saved):
             found[f"lse_{side}"] = arrays.cast(xp, share[..., 0] * pull, lse.dtype)
         return gradients(("out_a", "lse_a", "out_b", "lse_b"))(
             found["out_a"], found["lse_a"], found["out_b"], found["lse_b"])
-
-
-def _share(xp: Any, part: Array, whole: Array) -> Array:
-    """exp(part - whole), 0 where nothing was seen."""
-    with np.errstate(all="ignore"):
-        return xp.where(part == -math.inf, 0.0, xp.exp(part - whole))
 
 
 @differentiable
@@ -113,20 +107,12 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Any, 
         raise ShapeError(f"lse_a must have the shape of out_a without its last axis, "
                          f"{tuple(out_a.shape[:-1])}; got {tuple(lse_a.shape)}")
     acc = lse_a.dtype
-    lse = _logaddexp(xp, lse_a, lse_b)
+    lse = log_sum(xp, lse_a, lse_b)
     out = xp.zeros(out_a.shape, dtype=acc, device=arrays.device(out_a))
-    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
-        share = _share(xp, part_lse, lse)[..., None]
+    for part, own, other in ((out_a, lse_a, lse_b), (out_b, lse_b, lse_a)):
+        share = share_of(xp, own, other)[..., None]
         with np.errstate(all="ignore"):
             out = out + xp.where(share > 0, share * xp.astype(part, acc), xp.where(
                 share == 0, 0.0, share))
     out = arrays.cast(xp, out, out_a.dtype)
     return (out, lse), MergeSaved(out_a, lse_a, out_b, lse_b, out, lse)
-
-
-def _logaddexp(xp: Any, a: Array, b: Array) -> Array:
-    """log(exp(a) + exp(b)), -inf for two -inf, NaN passed on."""
-    high = xp.maximum(a, b)
-    base = xp.where(high == -math.inf, 0.0, high)
-    with np.errstate(all="ignore"):
-        return base + xp.log(xp.exp(a - base) + xp.exp(b - base))

@@ -244,10 +244,10 @@ def _whereabouts(order: Order | None, tokens: int, items: int) -> tuple[np.ndarr
 
 
 def _with_sinks(xp: Any, out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    joint = indexed.log_sum(xp, lse, xp.broadcast_to(sinks[None, :, None], lse.shape))
+    sinks = xp.broadcast_to(sinks[None, :, None], lse.shape)
     with np.errstate(all="ignore"):
-        share = xp.where(lse == -math.inf, 0.0, xp.exp(lse - joint))[..., None]
-    return arrays.cast(xp, share * arrays.cast(xp, out, lse.dtype), out.dtype), joint
+        shared = indexed.share_of(xp, lse, sinks)[..., None] * arrays.cast(xp, out, lse.dtype)
+    return arrays.cast(xp, shared, out.dtype), indexed.log_sum(xp, lse, sinks)
 
 
 def _index(xp: Any, index: np.ndarray, like: Array) -> Array:

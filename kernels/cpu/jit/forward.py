@@ -207,19 +207,17 @@ def finish(job, b, h, t, rows, tops, sums, acc, shares, unit):
             numbers(acc + r * job.e_padded * size, job.e_padded, unit)[:] = 0
         if job.sinks:
             sink = load(job.sinks + h * size, unit)
-            joint = log_sum(lse, sink)
-            share *= share_of(lse, joint, unit)
-            lse = joint
+            share *= share_of(lse, sink, unit)
+            lse = log_sum(lse, sink)
         token = token_at(job.q, b, h, t * TILE + r)
         if token >= 0:
             place = job.lse + b_own * job.lse_b + h * job.lse_h + token * size
             if job.out.onto:
                 before = load(place, unit)
-                joint = log_sum(lse, before)
                 # what was found before stands in the memory of out, to which this is added
-                store(tops + r * size, share_of(before, joint, unit))
-                share *= share_of(lse, joint, unit)
-                lse = joint
+                store(tops + r * size, share_of(before, lse, unit))
+                share *= share_of(lse, before, unit)
+                lse = log_sum(lse, before)
             store(place, lse)
         store(shares + r * size, share)
     put_back(job.out, job.q, b, h, t * TILE, count, acc, job.e_padded, job.e, shares, tops, unit)
@@ -235,6 +233,11 @@ def log_sum(x, y):
 
 
 @part
-def share_of(lse, joint, unit):
-    """Return exp(lse - joint), 0 for an lse of -inf."""
-    return unit - unit if lse == -math.inf else rounded(math.exp(lse - joint), unit)
+def share_of(lse, other, unit):
+    """Return exp(lse) / (exp(lse) + exp(other)), 0 for an lse of -inf.
+
+    The shares of both add up to 1, where ``exp(lse - joint)`` has the rounding of a large joint.
+    """
+    if lse == -math.inf:
+        return unit - unit
+    return rounded(1 / (1 + math.exp(other - lse)), unit)
