@@ -447,13 +447,8 @@ def column(job, line, block, tile, low, high, scratch, unit, operand):
         q_pairs, dout_pairs = q, dout
         if job.fold > 1:
             q_pairs, dout_pairs = scratch + far.q_pairs, scratch + far.dout_pairs
-            for r in range(0, depth, 2):
-                pair = q + r * job.d_padded * each
-                pair_rows(pair, pair + job.d_padded * each, job.d_padded,
-                          q_pairs + r * job.d_padded * each)
-                pair = dout + r * job.e_padded * each
-                pair_rows(pair, pair + job.e_padded * each, job.e_padded,
-                          dout_pairs + r * job.e_padded * each)
+            pair_up(q, depth, job.d_padded, each, q_pairs)
+            pair_up(dout, depth, job.e_padded, each, dout_pairs)
         multiply(depth, wide, job.d_depth, q, job.d_padded, 1, k_columns, TILE * job.fold, weights,
                  TILE, 0, unit, operand)
         multiply(depth, wide, job.e_depth, dout, job.e_padded, 1, v_columns, TILE * job.fold,
@@ -497,6 +492,14 @@ def column(job, line, block, tile, low, high, scratch, unit, operand):
                 new = numbers(dq + r * job.d_padded * size, job.d_padded, unit)
                 for x in range(job.d_padded):
                     kept[x] += new[x]
+
+
+@part
+def pair_up(x, rows, width, each, pairs):
+    """Lay rows, an even number of them, two by two."""
+    for r in range(0, rows, 2):
+        place = r * width * each
+        pair_rows(x + place, x + place + width * each, width, pairs + place)
 
 
 @part
