@@ -28,7 +28,6 @@ CORE = """
     dynamic_convolution lightweight_convolution squeeze_excite cbam se_cbam
     additive_attention talking_heads_attention
     adaptive_span_attention dynamic_span_attention gated_attention sparsebert_attention
-    dynamic_convolution lightweight_convolution squeeze_excite cbam se_cbam
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError

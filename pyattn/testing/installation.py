@@ -322,8 +322,6 @@ _VARIANTS: Calls = {
         (draw(2, 70, 4), draw(2, 70, 2, 5)), {"causal": True, "span": abs(draw(2)), "ramp": 2.0}),
     "dynamic_span_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), abs(draw(2, 2, 13)) * 5), {"ramp": 3.0}),
-    "dynamic_convolution": lambda draw: (
-        (draw(2, 70, 4), draw(2, 70, 2, 5)), {"causal": True, "span": abs(draw(2)), "ramp": 2.0}),
     "gat_attention": lambda draw: (
         (draw(2, 2, 12, 4), draw(2, 4), draw(2, 4), _ring(12)), {}),
     "gated_attention": lambda draw: (
