@@ -129,13 +129,13 @@ def test_a_run_tells_and_writes_what_it_found(small, tmp_path, capsys):
     assert samples[0].strip() in printed
 
 
-@pytest.mark.parametrize("name", sorted(catalogue.EXAMPLES))
+@pytest.mark.parametrize("name", sorted(catalogue.EXAMPLES | catalogue.LEARNED))
 def test_every_variant_of_sequences_can_be_trained(small, texts, tmp_path, capsys, name):
     assert cli.main(["demo", "--attention", name, "--steps", "2", "--out", str(tmp_path)]) == 0
     assert f"2 heads of {name}" in capsys.readouterr().out
     model, params = demo.load(tmp_path / "weights.safetensors")
     assert model.attention == name
-    assert model.options == catalogue.EXAMPLES[name]
+    assert model.options == (catalogue.EXAMPLES | catalogue.LEARNED)[name]
     tokens = model.encode(texts[2][:16])
     before = layers.language_model(tokens, params, **model.arguments)
     for place in (4, 15):
@@ -154,7 +154,12 @@ def test_every_variant_of_sequences_can_be_trained(small, texts, tmp_path, capsy
     ("adaptive_span_attention", {"ramp": 5.0, "max_span": 20.0}, {"span_share", "w_qkv"}),
     ("routing_attention", {"cluster_size": 3}, {"centroids", "w_qkv", "b_o"}),
     ("dynamic_convolution", {}, {"w_in", "w_kernel", "w_out"}),
-    ("lightweight_convolution", {}, {"w_in", "kernel_logits", "b_out"})])
+    ("lightweight_convolution", {}, {"w_in", "kernel_logits", "b_out"}),
+    ("additive_attention", {}, {"w_score", "b", "w_qkv"}),
+    ("dynamic_span_attention", {"ramp": 5.0, "max_span": 20.0}, {"w_span", "b_span"}),
+    ("gated_attention", {"block_size": 4}, {"gate_logits"}),
+    ("sparsebert_attention", {"rng": 0}, {"alpha"}),
+    ("talking_heads_attention", {}, {"w_pre", "w_post"})])
 def test_layers_are_trained_saved_and_loaded(texts, tmp_path, name, options, extra):
     text, training, held_out = texts
     model = model_of(text, attention=name, options=options)

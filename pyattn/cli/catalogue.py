@@ -36,6 +36,17 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 """Small options for variants of one sequence of any length."""
 
+LEARNED: dict[str, dict[str, Any]] = {
+    "additive_attention": {},
+    "dynamic_convolution": {},
+    "dynamic_span_attention": {"ramp": 16, "max_span": 128},
+    "gated_attention": {"block_size": 16},
+    "lightweight_convolution": {},
+    "sparsebert_attention": {"rng": 0},
+    "talking_heads_attention": {},
+}
+"""Small options for variants of arrays that learn, which can be trained but not drawn."""
+
 GRIDS: dict[str, Callable[[int], dict[str, Any]]] = {
     "axial_attention": lambda n: {"shape": sides(n)},
     "swin_attention": lambda n: {"shape": sides(n), "window": 4, "shift": 2},
@@ -123,7 +134,7 @@ def completed(name: str, options: dict[str, Any], n: int = 0) -> dict[str, Any]:
     >>> completed("longformer_attention", {"window": 3})
     {'window': 3, 'global_index': [0]}
     """
-    examples = GRIDS[name](n) if n and name in GRIDS else EXAMPLES.get(name, {})
+    examples = GRIDS[name](n) if n and name in GRIDS else (EXAMPLES | LEARNED).get(name, {})
     needed = [key for key, p in parameters(name).items() if p.default is p.empty]
     missing = [key for key in needed if key not in options and key not in examples]
     if missing:

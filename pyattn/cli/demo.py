@@ -68,7 +68,8 @@ class Model:
         """Fresh weights."""
         sizes = {"num_heads": self.num_heads, "depth": self.depth}
         attention = functools.partial(
-            init_layer, self.attention, width=self.width, options=self.options, **sizes)
+            init_layer, self.attention, width=self.width, context=self.context,
+            options=self.options, **sizes)
         return layers.init_language_model(rng, vocabulary=len(self.alphabet), width=self.width,
                                           attention=attention if self.has_layer else None, **sizes)
 
