@@ -2,8 +2,8 @@
 
 `lsh_hash`, `kmeans` and `important_blocks` make decisions, integers on the host that are constants
 of every backward. The others are operations with a backward, but for `update_centroids`, which
-moves a state from one step of training to the next. `FeatureMap` describes one for the engine of
-linear attention, which applies it.
+moves a state from one step of training to the next. `FeatureMap` describes what the engine of
+linear attention computes for itself.
 """
 
 from .clustering import commitment_loss, kmeans, segment_means, update_centroids
