@@ -19,7 +19,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "blockbert_attention": {"num_blocks": 2},
     "bp_attention": {"step": 4},
     "coarse_fine_attention": {"block_size": 8},
-    "efficient_attention": {},
     "global_local_attention": {"window": 16, "first": 1},
     "linear_attention": {},
     "local_attention_2d": {"shape": [1024, 16], "window": 2},
