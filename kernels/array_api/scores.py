@@ -59,13 +59,49 @@ def _positions(slab: Slab, x: np.ndarray, part: slice) -> np.ndarray:
     return (x if x.shape[0] == 1 else x[slab.items])[:, part]
 
 
-def columns_of_offsets(slab: Slab, i: slice, j: slice) -> np.ndarray:
-    """Which column of the offset table each pair reads, (1 or b, n, m)."""
+def _ahead(slab: Slab, i: slice, j: slice) -> np.ndarray:
+    """Key position - query position, (1 or b, n, m)."""
     problem = slab.problem
-    columns = (_positions(slab, problem.k_positions, j)[:, None, :]
-               - _positions(slab, problem.q_positions, i)[:, :, None] - problem.offset_origin)
+    return (_positions(slab, problem.k_positions, j)[:, None, :]
+            - _positions(slab, problem.q_positions, i)[:, :, None])
+
+
+def columns_of_offsets(slab: Slab, i: slice, j: slice, width: int) -> np.ndarray:
+    """Which column of a table by offset each pair reads, (1 or b, n, m)."""
     # pairs that no mask allows (padding, other segments) may lie beyond the table
-    return np.clip(columns, 0, problem.offsets.shape[1] - 1)
+    return np.clip(_ahead(slab, i, j) - slab.problem.offset_origin, 0, width - 1)
+
+
+def _read(slab: Slab, table: Array, i: slice, j: slice) -> Array:
+    """What the pairs read of a table (1 or H, W)."""
+    xp = slab.xp
+    columns = columns_of_offsets(slab, i, j, table.shape[1])
+    table = table[slab.heads, :] if table.shape[0] != 1 else table
+    picked = xp.take(xp.astype(table, accumulator(xp, slab.q)), slab.array(columns.reshape(-1)),
+                     axis=1)
+    picked = xp.reshape(picked, (table.shape[0], *columns.shape))
+    return split_heads(slab, xp.permute_dims(picked, (1, 0, 2, 3)))
+
+
+def _gate(slab: Slab, i: slice, j: slice) -> Array:
+    """The gate of each pair, in one of the forms of `GateForm`."""
+    problem, xp = slab.problem, slab.xp
+    form, gate = problem.gate_form, problem.gate
+    if form.by_offset:
+        return _read(slab, gate.array[0, :, 0, :], i, j)
+    if form.ramp:
+        reach = _term(slab, gate, i, slice(0, 1)) + form.ramp
+        ahead = slab.array((_ahead(slab, i, j) + form.shift)[:, None, None, :, :])
+        return xp.clip((reach + xp.astype(ahead, reach.dtype)) / form.ramp, 0.0, 1.0)
+    if form.block > 1:
+        found = _term(slab, gate, *(slice(part.start // form.block, -(-part.stop // form.block))
+                                    for part in (i, j)))
+        for axis, part in ((-2, i), (-1, j)):
+            if found.shape[axis] != 1:
+                block = np.arange(part.start, part.stop) // form.block - part.start // form.block
+                found = xp.take(found, slab.array(block), axis=axis)
+        return found
+    return _term(slab, gate, i, j)
 
 
 def scores_of(slab: Slab, i: slice, j: slice, bits: np.ndarray | None) -> Scores:
@@ -94,16 +130,11 @@ def scores_of(slab: Slab, i: slice, j: slice, bits: np.ndarray | None) -> Scores
         open_ = bias != -math.inf
         allowed = open_ if allowed is None else allowed & open_
     if problem.offsets is not None:
-        columns = columns_of_offsets(slab, i, j)
-        table = problem.offsets[slab.heads, :] if problem.offsets.shape[0] != 1 else problem.offsets
-        picked = xp.take(xp.astype(table, acc), slab.array(columns.reshape(-1)), axis=1)
-        picked = xp.reshape(picked, (table.shape[0], *columns.shape))
-        value = value + split_heads(slab, xp.permute_dims(picked, (1, 0, 2, 3)))
+        value = value + _read(slab, problem.offsets, i, j)
     if allowed is not None:
         allowed = xp.broadcast_to(allowed, value.shape)
         value = xp.where(allowed, value, xp.full_like(value, -math.inf))
-    gate = None if problem.gate is None else xp.broadcast_to(_term(slab, problem.gate, i, j),
-                                                            value.shape)
+    gate = None if problem.gate is None else xp.broadcast_to(_gate(slab, i, j), value.shape)
     return Scores(raw, value, slope, allowed, gate)
 
 

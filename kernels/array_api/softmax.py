@@ -235,7 +235,7 @@ def _rows_pass(slab: Slab, dout: Array, lse: Array, delta: Array, finite: bool,
             dq = dq + _apply(xp, step.draw, k, step.allowed, finite)
             pulled = xp.where(step.allowed, step.draw * step.scores.raw, 0.0)
             dscale = dscale + xp.sum(pulled, axis=-1)
-            terms.add(slab, i, j, step.ds, step.dgate)
+            terms.add(slab, i, j, step)
         dqs.append(scale * dq)
         dscales.append(dscale)
     return xp.concat(dqs, axis=3), xp.concat(dscales, axis=3)

@@ -19,21 +19,61 @@ class TermGradients:
     def __init__(self, problem: Any, xp: Any) -> None:
         self.problem, self.xp = problem, xp
         self.tiles: dict[str, dict[tuple[int, int, int], Array]] = {"bias": {}, "gate": {}}
-        self.offsets: dict[tuple[int, int], Array] = {}
+        self.tables: dict[str, dict[tuple[int, int], Array]] = {"offsets": {}, "gate": {}}
+        self.blocks: dict[int, Array] = {}
+        """The gradient of a gate in blocks, by the first head of a slab."""
         self.heads = problem.layout.shape[1]
         """How many heads a slab holds."""
 
-    def add(self, slab: Slab, i: slice, j: slice, ds: Array, dgate: Array | None) -> None:
+    def add(self, slab: Slab, i: slice, j: slice, step: Any) -> None:
         """Add one rectangle's gradients of the scores and of the gate."""
         self.heads = slab.heads.stop - slab.heads.start
-        if self.problem.bias is not None:
-            self._add_term("bias", slab, i, j, ds)
-        if self.problem.gate is not None:
+        problem = self.problem
+        if problem.bias is not None:
+            self._add_term("bias", slab, i, j, step.ds)
+        if problem.gate is not None:
+            self._add_gate(slab, i, j, step)
+        if problem.offsets is not None:
+            self._add_table("offsets", problem.offsets.shape, slab, i, j, step.ds)
+
+    def _add_gate(self, slab: Slab, i: slice, j: slice, step: Any) -> None:
+        form, dgate = self.problem.gate_form, step.dgate
+        if form.by_offset:
+            _, heads, _, width = self.problem.gate.array.shape
+            self._add_table("gate", (heads, width), slab, i, j, dgate)
+        elif form.block > 1:
+            self._add_blocks(slab, i, j, dgate)
+        else:
+            if form.ramp:
+                # forward: gate = clip((ramp + span - distance) / ramp, 0, 1)
+                gate = step.scores.gate
+                dgate = self.xp.where((0 < gate) & (gate < 1), dgate / form.ramp, 0.0)
             self._add_term("gate", slab, i, j, dgate)
-        if self.problem.offsets is not None:
-            for start in range(j.start, j.stop, TILE):
-                part = slice(start, min(start + TILE, j.stop))
-                self._add_offsets(slab, i, part, ds[..., start - j.start:part.stop - j.start])
+
+    def _add_blocks(self, slab: Slab, i: slice, j: slice, d: Array) -> None:
+        """Sum over blocks by products with the 0/1 matrices "token is of block"."""
+        xp, term, block = self.xp, self.problem.gate, self.problem.gate_form.block
+        b, g, r = slab.shape
+        d = xp.reshape(d, (b, g * r, *d.shape[3:]))
+        _, h, n, m = term.array.shape
+        if h == 1:
+            d = xp.sum(d, axis=1, keepdims=True)
+        d = _by_item(xp, d, term.item[slab.items], term.array.shape[0])
+        rows, columns = (
+            xp.astype(slab.array((np.arange(part.start, part.stop) // block)[:, None] * (size > 1)
+                                 == np.arange(size)), d.dtype)
+            for part, size in ((i, n), (j, m)))
+        found = xp.matmul(xp.matmul(xp.matrix_transpose(rows), d), columns)
+        head = slab.heads.start if h != 1 else 0
+        known = self.blocks.get(head)
+        self.blocks[head] = found if known is None else known + found
+
+    def _add_table(self, name: str, shape: tuple[int, int], slab: Slab, i: slice, j: slice,
+                   d: Array) -> None:
+        for start in range(j.start, j.stop, TILE):
+            part = slice(start, min(start + TILE, j.stop))
+            self._add_diagonals(name, shape, slab, i, part,
+                                d[..., start - j.start:part.stop - j.start])
 
     def _add_term(self, name: str, slab: Slab, i: slice, j: slice, d: Array) -> None:
         xp, term = self.xp, getattr(self.problem, name)
@@ -54,42 +94,56 @@ class TermGradients:
             known = self.tiles[name].get(key)
             self.tiles[name][key] = piece if known is None else known + piece
 
-    def _add_offsets(self, slab: Slab, i: slice, j: slice, ds: Array) -> None:
-        xp = self.xp
+    def _add_diagonals(self, name: str, shape: tuple[int, int], slab: Slab, i: slice, j: slice,
+                       ds: Array) -> None:
+        xp, table = self.xp, self.tables[name]
         b, g, r = slab.shape
-        columns = columns_of_offsets(slab, i, j)
+        columns = columns_of_offsets(slab, i, j, shape[1])
         ds = xp.reshape(ds, (b, g * r, -1))
         shared = columns.shape[0] == 1
         if shared:
             ds = xp.sum(ds, axis=0, keepdims=True)
-        if self.problem.offsets.shape[0] == 1:
+        if shape[0] == 1:
             ds = xp.sum(ds, axis=1, keepdims=True)
-        h = slab.heads.start if self.problem.offsets.shape[0] != 1 else 0
+        h = slab.heads.start if shape[0] != 1 else 0
         for item in range(ds.shape[0]):
             first = int(columns[item].min())
             # summing along diagonals is a product with the 0/1 matrix "pair reads column"
             reads = _reads((columns[item] - first).tobytes(), columns.dtype.str)
             reads = xp.astype(slab.array(reads), ds.dtype)
             piece = xp.matmul(ds[item, ...], reads)
-            known = self.offsets.get((h, first))
+            known = table.get((h, first))
             if known is not None:
                 width = max(known.shape[1], piece.shape[1])
                 piece = _placed(xp, known, 0, width) + _placed(xp, piece, 0, width)
-            self.offsets[h, first] = piece
+            table[h, first] = piece
 
     def gradients(self) -> dict[str, Array]:
         """All of them, by the names of the terms that were given."""
-        grads = {}
-        for name in ("bias", "gate"):
-            term = getattr(self.problem, name)
-            if term is not None:
-                grads[name] = self._assembled(self.tiles[name], term.array.shape)
-        if self.problem.offsets is not None:
-            grads["offsets"] = self._table()
+        grads, problem = {}, self.problem
+        if problem.bias is not None:
+            grads["bias"] = self._assembled("bias", problem.bias.array.shape)
+        if problem.gate is not None:
+            _, heads, _, width = shape = problem.gate.array.shape
+            if problem.gate_form.by_offset:
+                grads["gate"] = self._table("gate", (heads, width))
+            elif problem.gate_form.block > 1:
+                grads["gate"] = self._joined(shape)
+            else:
+                grads["gate"] = self._assembled("gate", shape)
+        if problem.offsets is not None:
+            grads["offsets"] = self._table("offsets", problem.offsets.shape)
         return grads
 
-    def _assembled(self, tiles: dict[tuple[int, int, int], Array], shape: tuple[int, ...]) -> Array:
-        xp = self.xp
+    def _joined(self, shape: tuple[int, ...]) -> Array:
+        b, heads, n, m = shape
+        step = max(min(heads, self.heads), 1)
+        found = [self.blocks[head] if head in self.blocks else zeros(self.problem, (b, step, n, m))
+                 for head in range(0, heads, step)]
+        return self.xp.concat(found, axis=1) if found else zeros(self.problem, shape)
+
+    def _assembled(self, name: str, shape: tuple[int, ...]) -> Array:
+        xp, tiles = self.xp, self.tiles[name]
         b, h, n, m = shape
         step = max(min(h, self.heads), 1)
 
@@ -106,15 +160,15 @@ class TermGradients:
         return xp.concat([xp.concat([row(head, i) for i in range(0, n, TILE)], axis=2)
                           for head in range(0, h, step)], axis=1)
 
-    def _table(self) -> Array:
-        xp, (heads, width) = self.xp, self.problem.offsets.shape
-        if heads * width == 0 or not self.offsets:
+    def _table(self, name: str, shape: tuple[int, int]) -> Array:
+        xp, (heads, width), table = self.xp, shape, self.tables[name]
+        if heads * width == 0 or not table:
             return zeros(self.problem, (heads, width))
         step = min(heads, self.heads)
         rows = []
         for head in range(0, heads, step):
             row = zeros(self.problem, (step, width))
-            for (h, first), piece in self.offsets.items():
+            for (h, first), piece in table.items():
                 if h == head:
                     row = row + _placed(xp, piece, first, width)
             rows.append(row)

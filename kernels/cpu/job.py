@@ -201,13 +201,20 @@ class Job(Operands):
 
     def describe_terms(self, p: Any) -> None:
         """Make bias, gate and offsets known."""
-        for name, term in (("bias", p.bias), ("gate", p.gate)):
+        form = p.gate_form
+        for name, term, dtype in (("bias", p.bias, self.dtype),
+                                  ("gate", p.gate, np.float64 if form.ramp else self.dtype)):
             if term is not None:
-                x = np.require(term.array, self.dtype, ["ALIGNED"])
+                x = np.require(term.array, dtype, ["ALIGNED"])
                 self.alive.append(x)
                 strides = (0 if size == 1 else step
                            for size, step in zip(x.shape, x.strides, strict=True))
                 self.put(name, address(x), self.hold(term.item, np.int32), *strides)
+        if p.gate is not None:
+            self.put("gate_block", form.block, p.gate.array.shape[3] if form.by_offset else 0,
+                     form.shift)
+            self.put_float("ramp", form.ramp)
+            self.put("offset_origin", p.offset_origin)
         if p.offsets is not None:
             rows, width = p.offsets.shape
             self.put("offsets", self.hold(p.offsets), width * self.dtype.itemsize * (rows > 1),

@@ -79,9 +79,9 @@ class Pieces:
 class TermGradient:
     """The gradient of a bias or gate in its own shape."""
 
-    def __init__(self, term: Any) -> None:
+    def __init__(self, term: Any, block: int = 1) -> None:
         self.item = np.ascontiguousarray(term.item, np.int32)
-        self.shape = term.array.shape
+        self.shape, self.block = term.array.shape, block
         _, heads, n, m = self.shape
         self.per_head = heads > 1
         self.whole = n == m == 1
@@ -93,22 +93,29 @@ class TermGradient:
 
     def nbytes(self, dtype: Any) -> int:
         """Return the size of a copy."""
-        return 0 if self.whole else int(np.prod(self.shape)) * np.dtype(dtype).itemsize
+        if self.whole:
+            return 0
+        numbers = int(np.prod(self.shape))
+        return numbers * (8 * UNITS if self.block > 1 else np.dtype(dtype).itemsize)
 
     def allocate(self, pieces: Pieces, batch: int, heads: int, dtype: Any) -> tuple[int, ...]:
         """Make room for the sums; return the record that tells kernels where it is."""
         if self.whole:
             self.sums = np.zeros((batch, heads, pieces.chunks))
-            return 0, address(self.item), 0, 0, 0, 0, 0, address(self.sums)
-        self.sums = np.zeros((pieces.slices, *self.shape), dtype)
-        copy, *strides = self.sums.strides
+            return 0, address(self.item), 0, 0, 0, 0, 0, address(self.sums), 0
+        in_blocks = self.block > 1
+        self.sums = np.zeros((pieces.slices, pieces.chunks if in_blocks else 1, *self.shape),
+                             np.float64 if in_blocks else dtype)
+        copy, chunk, *strides = self.sums.strides
         strides = [0 if size == 1 else step for size, step in zip(self.shape, strides, strict=True)]
-        return address(self.sums), address(self.item), copy, *strides, 0
+        return (address(self.sums), address(self.item), copy, *strides, 0,
+                chunk if in_blocks else 0)
 
     def result(self, dtype: Any) -> np.ndarray:
         """Return the gradient."""
         if not self.whole:
-            return self.sums[0] if len(self.sums) == 1 else self.sums.sum(0)
+            sums = self.sums.reshape(-1, *self.shape)
+            return (sums[0] if len(sums) == 1 else sums.sum(0)).astype(dtype, copy=False)
         sums = self.sums.sum(2)
         total = np.zeros(self.shape[:2])
         np.add.at(total, self.item, sums if self.per_head else sums.sum(1, keepdims=True))
@@ -116,7 +123,7 @@ class TermGradient:
 
 
 class TableGradient:
-    """The gradient of the offset table: a float64 copy per unit of work, added up in order."""
+    """The gradient of a table by offset: a float64 copy per unit of work, added up in order."""
 
     def __init__(self, shape: tuple[int, int], groups: int) -> None:
         self.shape, self.groups = shape, groups

@@ -39,7 +39,10 @@ TERM = _record("at item b h n m")
 
 GRADIENT = _record(
     "at item copy b h n m "     # in the term's own shape, a copy for each slice of its owners
-    "total")                    # if that has no query and no key axis: float64 sums instead
+    "total "                    # if that has no query and no key axis: float64 sums instead
+    "chunk")                    # in blocks: float64, and a copy for each chunk of keys, too
+
+TABLE = _record("at unit h rows")   # float64, by distance, a copy for each unit of work
 
 FORWARD_SCRATCH = _record("q acc scores gates row words names tops sums decays keys values "
                           "part")
@@ -80,6 +83,8 @@ JOB = np.dtype([
     ("out", TARGET), *_record("lse lse_b lse_h sinks").descr,
     *_record("per_group chunk splits part_bytes parts").descr,
     ("bias", TERM), ("gate", TERM),
+    # a gate in blocks of so many, or a table so wide, or a ramp over spans, float64; else by strides
+    *_record("gate_block gate_width gate_shift").descr, ("ramp", "f8"),
     *_record("offsets offsets_h offsets_width offset_origin").descr,
     *_record("q_positions q_positions_b k_positions k_positions_b streams streams_b").descr,
     ("softcap", "f8"), ("keep", "f8"),
@@ -89,7 +94,7 @@ JOB = np.dtype([
     *_record("delta shifts means dq_sums dk_sums dv_sums dscale").descr,
     ("dq", TARGET), ("dk", TARGET), ("dv", TARGET),
     ("dbias", GRADIENT), ("dgate", GRADIENT),
-    *_record("doffsets doffsets_unit doffsets_h doffsets_rows").descr,
+    ("doffsets", TABLE), ("dgate_table", TABLE),
     # pieces: int64 lists of (batch, group) pairs, and which slice of its owner a piece is
     *_record("pairs piece_start piece_slice chunks short per_pair phase").descr,
     ("back", BACKWARD_SCRATCH),

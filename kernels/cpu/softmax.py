@@ -169,21 +169,17 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     job.describe("q", p.q, job.q_index, job.q_lengths, job.scale, lse_at)
     job.describe("dout", dout, job.q_index, job.q_lengths, 0, lse_at)
 
-    terms = {name: TermGradient(term) for name, term in (("bias", p.bias), ("gate", p.gate))
-             if term is not None}
-    labels = [term.labels(g.groups) for term in terms.values()]
-    copy_bytes = sum(term.nbytes(g.dtype) for term in terms.values())
-    table = None
+    terms, tables = gradients_of_terms(p, g.groups)
     fewer_tiles = min(g.row_tiles, g.key_tiles)
-    if p.offsets is not None:
-        table = TableGradient(p.offsets.shape, g.groups)
-        labels.append(table.labels(g.batch))
-        copy_bytes += table.nbytes(fewer_tiles)
+    labels = [*(term.labels(g.groups) for term in terms.values()),
+              *(table.labels(g.batch) for table in tables.values())]
+    copy_bytes = (sum(term.nbytes(g.dtype) for term in terms.values())
+                  + sum(table.nbytes(fewer_tiles) for table in tables.values()))
     pieces = divide(g, len(p.q), labels, fewer_tiles, copy_bytes)
     for name, term in terms.items():
         job.put(f"d{name}", *term.allocate(pieces, g.batch, g.heads, g.dtype))
-    if table is not None:
-        job.put("doffsets", *table.allocate(pieces))
+    for name, table in tables.items():
+        job.put("doffsets" if name == "offsets" else "dgate_table", *table.allocate(pieces))
     job.put("pairs", *(job.hold(x, np.int64) for x in (pieces.pairs, pieces.start, pieces.slice)),
             pieces.chunks, onto is None and is_short(p, g) and g.fold == 1)
 
@@ -210,10 +206,23 @@ def backward(problem: Any, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray,
     run_phases(job, pieces, g.batch * g.heads * g.row_tiles, scratch)
 
     found["scale"] = dscale.sum((0, 2)).astype(g.dtype)
-    found |= {name: term.result(g.dtype) for name, term in terms.items()}
-    if table is not None:
-        found["offsets"] = table.result(g.dtype)
-    return found
+    return found | {name: x.result(g.dtype) for name, x in (terms | tables).items()}
+
+
+def gradients_of_terms(p: Any, groups: int,
+                       ) -> tuple[dict[str, TermGradient], dict[str, TableGradient]]:
+    """Return where the gradients of bias and gate go, and those of tables by offset."""
+    terms, tables = {}, {}
+    if p.bias is not None:
+        terms["bias"] = TermGradient(p.bias)
+    if p.gate is not None and p.gate_form.by_offset:
+        _, heads, _, width = p.gate.array.shape
+        tables["gate"] = TableGradient((heads, width), groups)
+    elif p.gate is not None:
+        terms["gate"] = TermGradient(p.gate, p.gate_form.block)
+    if p.offsets is not None:
+        tables["offsets"] = TableGradient(p.offsets.shape, groups)
+    return terms, tables
 
 
 def packed_bytes(g: Geometry) -> int:

@@ -134,9 +134,11 @@ def _problem(p: Problem, part: Piece, *, alone: bool) -> Problem:
     for name, order in (("q_index", part.queries), ("k_index", part.keys)):
         if order is not None:
             changes[name] = order.listing(batch)
-    for name in ("bias", "gate"):
-        if getattr(p, name) is not None:
-            changes[name] = _term(getattr(p, name), cast("Part", part))
+    for name, term in (("bias", p.bias), ("gate", None if p.gate_form.by_offset else p.gate)):
+        if term is not None:
+            changes[name] = _term(term, cast("Part", part))
+    if p.gate is not None and p.gate_form.by_offset:
+        changes["gate"] = _table_term(p.gate, part, len(changes["q_lengths"]))
     if p.offsets is not None and p.offsets.shape[0] > 1 and part.heads is not None:
         changes["offsets"] = p.offsets[_span(part.heads)]
     for name, order in (("q_positions", part.queries), ("k_positions", part.keys),
@@ -151,9 +153,13 @@ def _of_the_whole(xp: Any, grads: dict[str, Array], part: Piece, p: Problem) -> 
     """Return a part's gradients, but for those of the operands, as they are for all heads."""
     heads = p.q.shape[1]
     found = {"scale": _spread_heads(xp, grads["scale"], part.heads, heads, 0)}
-    for name in ("bias", "gate"):
-        if getattr(p, name) is not None:
-            found[name] = _term_gradient(xp, grads[name], getattr(p, name), cast("Part", part))
+    for name, term in (("bias", p.bias), ("gate", None if p.gate_form.by_offset else p.gate)):
+        if term is not None:
+            found[name] = _term_gradient(xp, grads[name], term, cast("Part", part))
+    if p.gate is not None and p.gate_form.by_offset:
+        table = grads["gate"]
+        found["gate"] = table if p.gate.array.shape[1] == 1 else _spread_heads(
+            xp, table, part.heads, heads, 1)
     if p.offsets is not None:
         table = grads["offsets"]
         found["offsets"] = table if p.offsets.shape[0] == 1 else _spread_heads(
@@ -210,6 +216,14 @@ def _term(term: Term, part: Part) -> Term:
     item = term.item[:, None] * len(pairs) + np.arange(len(pairs))
     return Term(arrays.reshape(xp, array, (b * len(pairs), h, *pairs.shape[1:])),
                 item.reshape(-1).astype(np.int32))
+
+
+def _table_term(term: Term, part: Piece, items: int) -> Term:
+    """Return a gate by offset as a part has it: the table is shared by all items."""
+    array = term.array
+    if part.heads is not None and array.shape[1] > 1:
+        array = array[:, _span(part.heads)]
+    return Term(array, np.zeros(items, np.int32))
 
 
 def _term_gradient(xp: Any, grad: Array, term: Term, part: Part) -> Array:

@@ -55,6 +55,31 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateForm:
+    """How the array of a gate becomes a factor for each pair: by strides unless told otherwise.
+
+    The gradient is that of the array. One at most of the forms is taken.
+    """
+
+    block: int = 1
+    """Query i and key j read ``[i // block, j // block]``."""
+    ramp: float = 0.0
+    """If not 0, the array holds spans, m = 1: ``clip((ramp + span - distance) / ramp, 0, 1)``, with
+    the distance query position - key position - shift; its gradient is 0 where that is clipped."""
+    shift: int = 0
+    by_offset: bool = False
+    """The array is a table (1, h, 1, W), read like `Problem.offsets`."""
+
+    @property
+    def positional(self) -> bool:
+        """Whether positions are needed."""
+        return self.by_offset or self.ramp != 0
+
+
+BY_STRIDES = GateForm()
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """Softmax attention over some pairs, ready for a kernel.
 
@@ -87,10 +112,11 @@ class Problem:
     """Added to the scores; -inf masks. Any float dtype."""
     gate: Term | None = None
     """In [0, 1]; multiplies the exponentials. Any float dtype."""
+    gate_form: GateForm = BY_STRIDES
     offsets: Array | None = None
     """(1 or H, W): added to the score by key position - query position - offset_origin."""
     offset_origin: int = 0
-    """The distance that column 0 of `offsets` stands for."""
+    """The distance that column 0 of `offsets` and of a gate by offset stands for."""
     sinks: Array | None = None
     """(H,), acc: a logit that joins every row's denominator and has no value."""
     dropout: float = 0.0
@@ -98,7 +124,7 @@ class Problem:
     dropout_seed: int = 0
     """64 bits, the key of the counter-based generator."""
     q_positions: np.ndarray | None = None
-    """int32 (1 or B, N); given when offsets or dropout need it."""
+    """int32 (1 or B, N); given when offsets, a gate or dropout need it."""
     k_positions: np.ndarray | None = None
     """int32 (1 or B, M); likewise."""
     streams: np.ndarray | None = None

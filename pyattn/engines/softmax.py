@@ -28,7 +28,7 @@ from ..differentiable import Saved, gradients
 from ..masks.order import Order
 from . import indexed, parts
 from .placement import Placement, place
-from .problem import Problem, Term, record
+from .problem import BY_STRIDES, GateForm, Problem, Term, record
 
 DECISIONS = ("dropout_seed",)
 
@@ -44,6 +44,7 @@ class Call(Saved):
     v: Array
     bias: Array | None
     gate: Array | None
+    gate_form: GateForm
     scale: Array | float
     sinks: Array | None
     offsets: Array | None
@@ -130,7 +131,7 @@ class SoftmaxSaved(Call):
 
 
 def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = "bottom_right",
-            bias: Array | None = None, gate: Array | None = None,
+            bias: Array | None = None, gate: Any = None, gate_form: GateForm = BY_STRIDES,
             scale: Array | float | None = None, softcap: float | None = None,
             sinks: Array | None = None, offsets: Any = None, dropout: float = 0.0, rng: Any = None,
             q_lengths: Any = None, kv_lengths: Any = None, segments: Any = None,
@@ -140,13 +141,16 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     """Attention over the pairs that `mask` allows; see `pyattn.attention` for the arguments.
 
     `offsets` is a function of the distances (key position - query position), an int array, that
-    returns the table (1 or H, distances) to add to the scores.
+    returns the table (1 or H, distances) to add to the scores. A `gate` whose form is `by_offset` is
+    such a function, too; one by blocks is (..., H, query blocks, key blocks), one that is a ramp
+    (..., H, N, 1), or what broadcasts to it.
 
     `order` deals tokens out to items, which attend to themselves like batch items: mask, bias,
     lengths and all else are those of (..., items, H, slots, slots), where a slot without a token
     holds zeros; operands and results are still those of the tokens in their place.
     """
-    named = {"q": q, "k": k, "v": v, "bias": bias, "gate": gate, "sinks": sinks,
+    named = {"q": q, "k": k, "v": v, "bias": bias,
+             "gate": None if gate_form.by_offset else gate, "sinks": sinks,
              "scale": scale if is_array(scale) else None}
     xp = arrays.namespace(*named.values())
     batch = require_operands(q, k, v)
@@ -155,10 +159,11 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     rows = (*batch, heads, n)
     if order is not None:
         batch, n, m = (*batch, order.items), order.slots, order.slots
-    for name, term in (("bias", bias), ("gate", gate)):
-        if term is not None:
-            arrays.require_float(name, term)
-            require_broadcast(name, term.shape, (*batch, heads, n, m), "(..., H, N, M)")
+    if bias is not None:
+        arrays.require_float("bias", bias)
+        require_broadcast("bias", bias.shape, (*batch, heads, n, m), "(..., H, N, M)")
+    if named["gate"] is not None:
+        _check_gate(gate, gate_form, (*batch, heads), n, m)
     for name, per_head in (("sinks", sinks), ("scale", named["scale"])):
         if per_head is not None:
             arrays.require_float(name, per_head)
@@ -170,11 +175,14 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     if softcap is not None and require_real("softcap", softcap) <= 0:
         raise OptionError(f"softcap must be positive; got {softcap}")
     placement = place(batch, n, m, alignment, q_lengths, kv_lengths, segments)
+    if gate_form.by_offset:
+        gate = gate(placement.distances)
     decisions = _check_decisions(decisions)
     mask = _check_mask(mask, (*batch, heads))
 
     call = record(Call, {
-        "q": q, "k": k, "v": v, "bias": bias, "gate": gate, "scale": scale, "sinks": sinks,
+        "q": q, "k": k, "v": v, "bias": bias, "gate": gate, "gate_form": gate_form, "scale": scale,
+        "sinks": sinks,
         "offsets": None if offsets is None else offsets(placement.distances), "mask": mask,
         "placement": placement, "softcap": None if softcap is None else float(softcap),
         "dropout": _check_dropout(dropout), "dropout_seed": _seed(dropout, rng, decisions),
@@ -197,7 +205,10 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
 
 def _divided(call: Call) -> parts.Parts | None:
     """The parts that a call is done in, if its mask is planned so."""
-    return parts.parts_of(call.mask, call.placement) if call.order is None else None
+    # blocks of a gate are of tokens in their place
+    if call.order is not None or call.gate_form.block > 1:
+        return None
+    return parts.parts_of(call.mask, call.placement)
 
 
 def is_array(x: Any) -> bool:
@@ -254,6 +265,17 @@ def require_cotangents(saved: Any, dout: Array, dlse: Array | None) -> None:
                          f"{tuple(dlse.shape)}")
 
 
+def _check_gate(gate: Array, form: GateForm, rows: tuple[int, ...], n: int, m: int) -> None:
+    arrays.require_float("gate", gate)
+    if form.ramp:
+        require_broadcast("span", gate.shape, (*rows, n, 1), "(..., H, N, 1)")
+    elif form.block > 1:
+        require_broadcast("gate", gate.shape, (*rows, -(-n // form.block), -(-m // form.block)),
+                          "(..., H, query blocks, key blocks)")
+    else:
+        require_broadcast("gate", gate.shape, (*rows, n, m), "(..., H, N, M)")
+
+
 def _check_dropout(dropout: float) -> float:
     rate = require_real("dropout", dropout)
     if not 0 <= rate < 1:
@@ -301,7 +323,8 @@ def _problem(call: Call, divided: parts.Parts | None = None) -> Problem:
         "scale": per_head(xp, call.scale, heads, acc, q), "blocks": blocks,
         "layout": _layout(blocks.layout, batch, heads), "q_lengths": placement.q_lengths,
         "kv_lengths": placement.kv_lengths, "softcap": call.softcap,
-        "bias": _term(xp, call.bias, batch), "gate": _term(xp, call.gate, batch),
+        "bias": _term(xp, call.bias, batch), "gate": _term(xp, _gate(xp, call), batch),
+        "gate_form": call.gate_form,
         "offsets": call.offsets, "dropout": call.dropout, "dropout_seed": call.dropout_seed or 0}
     if not q.shape[:-3] == call.k.shape[:-3] == call.v.shape[:-3]:
         operands = (("q", q), ("k", call.k), ("v", call.v))
@@ -310,10 +333,15 @@ def _problem(call: Call, divided: parts.Parts | None = None) -> Problem:
         fields["q_index"] = fields["k_index"] = call.order.listing(math.prod(own))
     if call.sinks is not None:
         fields["sinks"] = per_head(xp, call.sinks, heads, acc, q)
-    if call.offsets is not None or call.dropout:
+    if call.offsets is not None or call.dropout or call.gate_form.positional:
         fields |= {"q_positions": placement.q_positions, "k_positions": placement.k_positions,
                    "streams": placement.streams, "offset_origin": placement.distance_origin}
     return record(Problem, fields)
+
+
+def _gate(xp: Any, call: Call) -> Array | None:
+    """The gate as a term's array: a table is a single row."""
+    return xp.expand_dims(call.gate, axis=-2) if call.gate_form.by_offset else call.gate
 
 
 def _layout(layout: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:

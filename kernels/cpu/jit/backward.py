@@ -20,7 +20,8 @@ A bias or gate that is broadcast ties (batch, group) pairs together: those that 
 numbers belong to one `piece`, which takes them in order, or have copies of them to add to. Each
 gradient is kept in its term's own shape, summed over the axes that it was broadcast along; where
 that leaves neither queries nor keys it is a sum per (batch, head) and chunk. The offset table is
-summed in float64, a copy per piece and chunk.
+summed in float64, a copy per piece and chunk, and so is the table of a gate; a gate in blocks, which
+may reach across chunks, has a copy per chunk of keys.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ from .terms import (
     cap_scores,
     clear,
     dropout_row,
+    gate_row,
     key_position,
     query_position,
-    term_row,
 )
 from .vector import (
     convert_rows,
@@ -103,7 +104,6 @@ def backward(place, queue, units, scratch, unit, operand):
         other = (chunk + job.phase) % job.chunks
         rows_first = other * job.row_tiles // job.chunks
         rows_last = (other + 1) * job.row_tiles // job.chunks
-        table = job.doffsets + task * job.doffsets_unit if job.doffsets else NOWHERE
         copy = load(job.piece_slice + 8 * piece, np.int64(0))
         for pair in range(load(job.piece_start + 8 * piece, np.int64(0)),
                           load(job.piece_start + 8 * piece + 8, np.int64(0))):
@@ -118,7 +118,7 @@ def backward(place, queue, units, scratch, unit, operand):
                     prepare_tile(job, b, h, t, space, first, unit, operand)
             for t in range(chunk * job.key_tiles // job.chunks,
                            (chunk + 1) * job.key_tiles // job.chunks):
-                column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first,
+                column(job, b, g, t, chunk, rows_first, rows_last, copy, task, space, first,
                        scratch, unit, operand)
             if job.chunks == 1:
                 for block in range(shared * job.row_tiles):
@@ -238,7 +238,7 @@ def any_number(place, count, unit):
 
 
 @part
-def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first, scratch, unit,
+def column(job, b, g, t, chunk, rows_first, rows_last, copy, task, space, first, scratch, unit,
            operand):
     """Let a tile of keys meet the query tiles `rows_first` to `rows_last`."""
     size, each, shared = job.size, job.operand, job.heads // job.groups
@@ -305,7 +305,7 @@ def column(job, b, g, t, chunk, rows_first, rows_last, copy, table, space, first
                 multiply(depth, TILE, job.e_depth, dout, job.e_padded, 1, v_columns,
                          TILE * job.fold, dscores, TILE, 0, unit, operand)
             row = space + place * TILE * size
-            gradient_tile(job, b, h, tile, t, row, rows, depth, count, masked, chunk, copy, table,
+            gradient_tile(job, b, h, tile, t, row, rows, depth, count, masked, chunk, copy, task,
                           scratch, unit)
             # dv += p^T dout
             exact = masked and load(space + job.dout.notes + place, np.uint8(0)) != 0
@@ -386,7 +386,7 @@ def write_tile(job, pack, b, g, t, tile, width, padded, sums, result, unit):
 
 @part
 def gradient_tile(job, b, h, row_tile, key_tile, at, rows, depth, keys, masked, chunk, copy,
-                  table, scratch, unit):
+                  task, scratch, unit):
     """Turn products into a tile's weights, as they meet v, and the gradients of its products q.k.
 
     They lie in scratch as `weights` and `dscores`, and as `words` the rows' words, which count if
@@ -408,10 +408,13 @@ def gradient_tile(job, b, h, row_tile, key_tile, at, rows, depth, keys, masked, 
         differentiate(weights, dscores, TILE, depth, words if masked else NOWHERE,
                       job.shifts + at, job.means + at, unit)
     add_gradient(job, job.dbias, b, h, i0, j0, rows, keys, chunk, copy, dscores, buffer, unit)
-    add_gradient(job, job.dgate, b, h, i0, j0, rows, keys, chunk, copy, scratch + job.back.dgates,
-                 buffer, unit)
-    if table:
-        add_to_table(job, b, h, i0, j0, rows, keys, dscores, table, unit)
+    if job.gate.at:
+        dgates = scratch + job.back.dgates
+        add_gradient(job, job.dgate, b, h, i0, j0, rows, keys, chunk, copy, dgates, buffer, unit)
+        add_to_table(job, job.dgate_table, job.gate_width, b, h, i0, j0, rows, keys, dgates, task,
+                     unit)
+    add_to_table(job, job.doffsets, job.offsets_width, b, h, i0, j0, rows, keys, dscores, task,
+                 unit)
     if job.softcap > 0:
         for r in range(rows):
             row = r * TILE * size
@@ -457,10 +460,14 @@ def change_rows(job, b, h, i0, j0, rows, depth, keys, masked, at, scratch, unit)
         if job.gate.at and r < rows:
             dgate_at = scratch + job.back.dgates + row
             dgate = numbers(dgate_at, TILE, unit)
-            term_row(job.gate, size, b, h, i, j0, keys, buffer)
+            gate_row(job, b, h, i, j0, keys, buffer)
             for x in range(keys):
                 dgate[x] = p[x] * ds[x]
                 p[x] *= buffer[x]
+            if job.ramp > 0:
+                # forward: gate = clip((ramp + span - distance) / ramp, 0, 1)
+                for x in range(keys):
+                    dgate[x] = dgate[x] / job.ramp if 0 < buffer[x] < 1 else 0.0
             select(dgate_at, load(word, ONE), 0.0, unit)
             # a closed gate masks for all but itself: its p may be 0 * inf
             clear(word, buffer, keys, 0.0)
@@ -486,7 +493,9 @@ def add_gradient(job, gradient, b, h, i0, j0, rows, keys, chunk, copy, tile, buf
                 total += row[x]
         place = gradient.total + ((b * job.heads + h) * job.chunks + chunk) * 8
         store(place, load(place, 0.0) + total)
-    if gradient.at:
+    if gradient.chunk:
+        add_blocks(job, gradient, b, h, i0, j0, rows, keys, chunk, copy, tile, unit)
+    elif gradient.at:
         corner = (gradient.at + copy * gradient.copy
                   + load(gradient.item + 4 * b, np.int32(0)) * gradient.b
                   + h * gradient.h + i0 * gradient.n + j0 * gradient.m)
@@ -513,14 +522,35 @@ def add_gradient(job, gradient, b, h, i0, j0, rows, keys, chunk, copy, tile, buf
 
 
 @part
-def add_to_table(job, b, h, i0, j0, rows, keys, tile, table, unit):
-    """Add a tile to the offset table, by distance."""
+def add_blocks(job, gradient, b, h, i0, j0, rows, keys, chunk, copy, tile, unit):
+    """Add a tile to the gradient of a gate in blocks, which may reach across tiles and chunks."""
+    block = job.gate_block
+    corner = (gradient.at + copy * gradient.copy + chunk * gradient.chunk
+              + load(gradient.item + 4 * b, np.int32(0)) * gradient.b + h * gradient.h)
+    for r in range(rows):
+        row = numbers(tile + r * TILE * job.size, TILE, unit)
+        line, x = corner + (i0 + r) // block * gradient.n, NOTHING
+        while x < keys:
+            column = (j0 + x) // block
+            stop, total = min(keys, (column + 1) * block - j0), 0.0
+            while x < stop:
+                total += row[x]
+                x += 1
+            place = line + column * gradient.m
+            store(place, load(place, 0.0) + total)
+
+
+@part
+def add_to_table(job, gradient, width, b, h, i0, j0, rows, keys, tile, task, unit):
+    """Add a tile to a table's gradient, by distance, if there is one."""
+    if gradient.at == 0:
+        return
     size = job.size
-    sums = numbers(table + h % job.doffsets_rows * job.doffsets_h, job.offsets_width, 0.0)
+    sums = numbers(gradient.at + task * gradient.unit + h % gradient.rows * gradient.h, width, 0.0)
     for r in range(rows):
         row = numbers(tile + r * TILE * size, TILE, unit)
         first = query_position(job, b, i0 + r) + job.offset_origin
         for x in range(keys):
             column = key_position(job, b, j0 + x) - first
-            if 0 <= column < job.offsets_width:
+            if 0 <= column < width:
                 sums[column] += row[x]

@@ -32,7 +32,7 @@ from .masking import (
 )
 from .packing import NOWHERE, TILE, expect_result, pack_tile, put_back, token_at
 from .strips import add_seen, multiply_seen
-from .terms import add_terms, cap_scores, clear, dropout_row, term_row
+from .terms import add_terms, cap_scores, clear, dropout_row, gate_row
 from .vector import (
     enter_tiles,
     lane_sums,
@@ -184,7 +184,7 @@ def change_row(job, b, h, i, j, tiles, count, scores, words, gates, buffer, unit
     add_terms(job, b, h, i, j, count, scores, words, numbers(buffer, width, unit), unit)
     if job.gate.at:
         gate = numbers(gates, width, unit)
-        term_row(job.gate, job.size, b, h, i, j, count, gate)
+        gate_row(job, b, h, i, j, count, gate)
         clear(words, gate, count, 0.0)
         for x in range(count, width):
             gate[x] = 0

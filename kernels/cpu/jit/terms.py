@@ -34,6 +34,31 @@ def term_row(term, size, b, h, i, j, count, into):
 
 
 @part
+def gate_row(job, b, h, i, j, count, into):
+    """Fill `into` with `count` gates of row `i`, from key `j` on."""
+    term = job.gate
+    row = term.at + load(term.item + 4 * b, np.int32(0)) * term.b + h * term.h
+    if job.gate_width:
+        first = query_position(job, b, i) + job.offset_origin
+        for x in range(count):
+            column = key_position(job, b, j + x) - first
+            # masked pairs may lie outside the table
+            inside = 0 <= column < job.gate_width
+            into[x] = load(row + column * job.size, into[0]) if inside else 0.0
+    elif job.ramp > 0:
+        reach = load(row + i * term.n, 0.0) + job.ramp + np.float64(
+            job.gate_shift - query_position(job, b, i))
+        for x in range(count):
+            into[x] = min(max((reach + key_position(job, b, j + x)) / job.ramp, 0.0), 1.0)
+    elif job.gate_block > 1:
+        row += i // job.gate_block * term.n
+        for x in range(count):
+            into[x] = load(row + (j + x) // job.gate_block * term.m, into[0])
+    else:
+        term_row(term, job.size, b, h, i, j, count, into)
+
+
+@part
 def cap_scores(job, scores, width, unit):
     """Cap a row; its derivative is 1 - (capped / softcap)^2."""
     if job.softcap > 0:
