@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dispatch import explain, use_backend
     from .engines.merge import merge
     from .threads import get_num_threads, set_num_threads
+    from .variants.adaptive_span import adaptive_span_attention
     from .variants.attention import attention
     from .variants.axial import axial_attention
     from .variants.bigbird import bigbird_attention
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .variants.blockbert import blockbert_attention
     from .variants.coarse_fine import coarse_fine_attention
     from .variants.cross_modal import cross_modal_attention
+    from .variants.dynamic_span import dynamic_span_attention
+    from .variants.gated import gated_attention
     from .variants.global_local import global_local_attention
     from .variants.graph import gat_attention, graph_attention
     from .variants.local_2d import local_attention_2d
@@ -39,11 +42,13 @@ if TYPE_CHECKING:
     from .variants.routing import routing_attention
     from .variants.sliding_window import sliding_window_attention
     from .variants.sparse_transformer import sparse_transformer_attention
+    from .variants.sparsebert import sparsebert_attention
     from .variants.swin import swin_attention
     from .variants.temporal import temporal_attention
     from .variants.top_k import top_k_attention
 
 VARIANTS = {
+    "adaptive_span_attention": "variants.adaptive_span",
     "attention": "variants.attention",
     "axial_attention": "variants.axial",
     "bigbird_attention": "variants.bigbird",
@@ -52,7 +57,9 @@ VARIANTS = {
     "bp_attention": "variants.binary_partition",
     "coarse_fine_attention": "variants.coarse_fine",
     "cross_modal_attention": "variants.cross_modal",
+    "dynamic_span_attention": "variants.dynamic_span",
     "gat_attention": "variants.graph",
+    "gated_attention": "variants.gated",
     "global_local_attention": "variants.global_local",
     "graph_attention": "variants.graph",
     "local_attention_2d": "variants.local_2d",
@@ -63,6 +70,7 @@ VARIANTS = {
     "routing_attention": "variants.routing",
     "sliding_window_attention": "variants.sliding_window",
     "sparse_transformer_attention": "variants.sparse_transformer",
+    "sparsebert_attention": "variants.sparsebert",
     "swin_attention": "variants.swin",
     "temporal_attention": "variants.temporal",
     "top_k_attention": "variants.top_k",

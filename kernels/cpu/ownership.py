@@ -114,7 +114,8 @@ class TermGradient:
     def result(self, dtype: Any) -> np.ndarray:
         """Return the gradient."""
         if not self.whole:
-            sums = self.sums.reshape(-1, *self.shape)
+            copies = self.sums.shape[0] * self.sums.shape[1]
+            sums = self.sums.reshape(copies, *self.shape)
             return (sums[0] if len(sums) == 1 else sums.sum(0)).astype(dtype, copy=False)
         sums = self.sums.sum(2)
         total = np.zeros(self.shape[:2])

@@ -83,7 +83,7 @@ JOB = np.dtype([
     ("out", TARGET), *_record("lse lse_b lse_h sinks").descr,
     *_record("per_group chunk splits part_bytes parts").descr,
     ("bias", TERM), ("gate", TERM),
-    # a gate in blocks of so many, or a table so wide, or a ramp over spans, float64; else by strides
+    # a gate in blocks of so many, or a table so wide, or a ramp over float64 spans; see GateForm
     *_record("gate_block gate_width gate_shift").descr, ("ramp", "f8"),
     *_record("offsets offsets_h offsets_width offset_origin").descr,
     *_record("q_positions q_positions_b k_positions k_positions_b streams streams_b").descr,

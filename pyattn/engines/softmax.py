@@ -141,8 +141,8 @@ def forward(q: Array, k: Array, v: Array, *, mask: Any = None, alignment: str = 
     """Attention over the pairs that `mask` allows; see `pyattn.attention` for the arguments.
 
     `offsets` is a function of the distances (key position - query position), an int array, that
-    returns the table (1 or H, distances) to add to the scores. A `gate` whose form is `by_offset` is
-    such a function, too; one by blocks is (..., H, query blocks, key blocks), one that is a ramp
+    returns the table (1 or H, distances) to add to the scores. A `gate` whose form is `by_offset`
+    is such a function, too; one by blocks is (..., H, query blocks, key blocks), one that is a ramp
     (..., H, N, 1), or what broadcasts to it.
 
     `order` deals tokens out to items, which attend to themselves like batch items: mask, bias,

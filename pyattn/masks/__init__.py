@@ -13,6 +13,7 @@
 
 from .algebra import Mask, per_head, restrict
 from .block_mask import BlockMask, Runs
+from .distances import distances
 from .per_item import per_item
 from .placement import placed
 from .plan import plan
@@ -38,6 +39,7 @@ __all__ = [
     "blocks",
     "causal",
     "dense",
+    "distances",
     "fixed",
     "full",
     "global_tokens",
