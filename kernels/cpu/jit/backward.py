@@ -20,8 +20,8 @@ A bias or gate that is broadcast ties (batch, group) pairs together: those that 
 numbers belong to one `piece`, which takes them in order, or have copies of them to add to. Each
 gradient is kept in its term's own shape, summed over the axes that it was broadcast along; where
 that leaves neither queries nor keys it is a sum per (batch, head) and chunk. The offset table is
-summed in float64, a copy per piece and chunk, and so is the table of a gate; a gate in blocks, which
-may reach across chunks, has a copy per chunk of keys.
+summed in float64, a copy per piece and chunk, and so is the table of a gate; a gate in blocks,
+which may reach across chunks, has a copy per chunk of keys.
 """
 
 from __future__ import annotations
