@@ -170,13 +170,15 @@ def attention(q: Array, k: Array, v: Array, *, mask: Any = None, bias: Array | N
 
 
 def attend(q: Array, k: Array, v: Array, *, mask: Any = None, causal: bool | str = False,
-           window: Any = None, alibi_slopes: Array | None = None,
+           window: Any = None, alibi_slopes: Array | None = None, offsets: Any = None,
            **options: Any) -> tuple[Any, Any]:
-    """The forward of `attention`, for callers who also have an `order` for the engine."""
+    """The forward of `attention`, for callers who also have an `order` for the engine.
+
+    Or a form of the gate, or `offsets` that are not those of ALiBi.
+    """
     causal = require_choice("causal", causal, (False, True, "top_left"))
     if causal is not False or window is not None:
         mask = _with(mask, _pattern(causal, window))
-    offsets = None
     if alibi_slopes is not None:
         arrays.require_float("alibi_slopes", alibi_slopes)
         require_broadcast("alibi_slopes", alibi_slopes.shape, tuple(q.shape[-3:-2]), "(H,)")
