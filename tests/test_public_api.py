@@ -24,13 +24,14 @@ CORE = """
     lsh_attention routing_attention
     graph_attention gat_attention top_k_attention bp_attention
     nsa_attention
+    adaptive_span_attention dynamic_span_attention gated_attention sparsebert_attention
     masks layers features reference testing
     use_backend explain show_config set_num_threads
     ShapeError DtypeError OptionError BackendError
 """.split()
 MASKS = """
     causal window window_2d global_tokens strided fixed random_blocks segments lengths blocks graph
-    dense predicate per_head per_item Mask BlockMask
+    dense distances predicate per_head per_item Mask BlockMask
 """.split()
 LAYERS = """
     linear layer_norm feed_forward rotary multi_head cross_attention transformer_block
@@ -125,12 +126,15 @@ def test_call_and_forward_have_one_signature(operation):
 
 
 NEEDED = {
+    "adaptive_span_attention": {"span": np.zeros(1)},
     "axial_attention": {"shape": (1, 2)},
     "block_diagonal_attention": {"block_size": 1},
     "blockbert_attention": {"num_blocks": 1},
     "bp_attention": {"step": 1},
     "coarse_fine_attention": {"block_size": 1},
     "cross_modal_attention": {"modality_lengths": (1, 1)},
+    "dynamic_span_attention": {"span": np.zeros((1, 2))},
+    "gated_attention": {"gate_logits": np.zeros((1, 1, 1)), "block_size": 2},
     "global_local_attention": {"first": 1},
     "local_attention_2d": {"shape": (1, 2), "window": 1},
     "longformer_attention": {"window": 1, "global_index": (0,)},
@@ -138,6 +142,7 @@ NEEDED = {
     "routing_attention": {"centroids": np.zeros((1, 1, 4)), "cluster_size": 1},
     "sliding_window_attention": {"window": 1},
     "sparse_transformer_attention": {"stride": 1},
+    "sparsebert_attention": {"alpha": np.zeros((1, 2, 2))},
     "swin_attention": {"bias_table": np.ones((1, 1)), "shape": (2,), "window": 1},
     "temporal_attention": {"frames": 1},
     "top_k_attention": {"top": 1},

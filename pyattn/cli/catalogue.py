@@ -12,6 +12,7 @@ from .. import VARIANTS
 from ..checks import OptionError
 
 EXAMPLES: dict[str, dict[str, Any]] = {
+    "adaptive_span_attention": {"ramp": 16, "max_span": 128},
     "attention": {},
     "bigbird_attention": {"block_size": 8, "num_random": 1, "rng": 0},
     "block_diagonal_attention": {"block_size": 16},

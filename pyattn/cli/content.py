@@ -13,8 +13,8 @@ from pyattn.features.partition import level_sizes
 
 WIDTH, CLUSTERS = 16, 8
 
-NAMES = ("bp_attention", "gat_attention", "graph_attention", "lsh_attention", "nsa_attention",
-         "routing_attention", "top_k_attention")
+NAMES = ("adaptive_span_attention", "bp_attention", "gat_attention", "graph_attention",
+         "lsh_attention", "nsa_attention", "routing_attention", "top_k_attention")
 """The variants that are drawn here."""
 
 RANDOM = "random tokens (seed 0)"
@@ -42,6 +42,8 @@ def example(name: str, n: int, m: int, heads: int) -> tuple[Any, ...]:
         return q, k, v, rng.standard_normal((heads, CLUSTERS, WIDTH)).astype(np.float32)
     if name == "nsa_attention":
         return q, k, v, np.ones(3, np.float32)
+    if name == "adaptive_span_attention":
+        return q, k, v, np.zeros(1, np.float32)
     if name == "graph_attention":
         return q, k, v, _graph(n, rng)
     if name == "gat_attention":
@@ -80,6 +82,8 @@ def pattern(name: str, arguments: tuple[Any, ...],
     columns = np.arange(arguments[1 if name != "gat_attention" else 0].shape[-2])
     if name == "lsh_attention":
         drawn = [saved.attended.mask.at((h, 0)) for h in heads]
+    elif name == "adaptive_span_attention":
+        told, drawn = "a span of 0, the soft edge alone", [saved.attended.mask] * len(heads)
     elif name == "routing_attention":
         drawn = [_routes(saved, h) for h in heads]
     elif name == "nsa_attention":

@@ -19,6 +19,9 @@ DECAY = 0.9
 
 CLUSTERS = 8
 
+MAX_SPAN = 128.0
+"""Tokens; spans start at 0, where the soft edge alone is seen."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LshHeadsSaved(Saved):
@@ -88,10 +91,16 @@ def routing_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
 def init_routing_layer(rng: Any, width: int, *, num_heads: int, depth: int = 1) -> dict[str, Any]:
     """Fresh parameters for `routing_layer`."""
     rng = np.random.default_rng(rng)
-    block = layers.init_transformer_block(rng, width, num_heads=num_heads, depth=depth)
+    projections = _projections(rng, width, num_heads, depth)
     centroids = rng.standard_normal((num_heads, CLUSTERS, width // num_heads)).astype(np.float32)
-    return {**{name: block[name] for name in ("w_qkv", "w_o", "b_qkv", "b_o")},
+    return {**projections,
             "centroids": centroids / np.linalg.norm(centroids, axis=-1, keepdims=True)}
+
+
+def _projections(rng: Any, width: int, num_heads: int, depth: int) -> dict[str, Any]:
+    """Fresh projections of a block's own attention."""
+    block = layers.init_transformer_block(rng, width, num_heads=num_heads, depth=depth)
+    return {name: block[name] for name in ("w_qkv", "w_o", "b_qkv", "b_o")}
 
 
 def moved_centroids(blocks: list[dict[str, Any]], saved: Any) -> list[dict[str, Any]]:
@@ -111,10 +120,55 @@ def moved_centroids(blocks: list[dict[str, Any]], saved: Any) -> list[dict[str, 
     return moved
 
 
+@dataclasses.dataclass(frozen=True)
+class _SpanHeads:
+    """`pyattn.adaptive_span_attention` with these spans, as a function of q, k and v."""
+
+    span: Array
+
+    def forward(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Any]:
+        """Attend."""
+        return pyattn.adaptive_span_attention.forward(q, k, v, self.span, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanLayerSaved(Saved):
+    """The record of the heads and their projections, and the longest span."""
+
+    heads: Any
+    max_span: float
+
+    @property
+    def decisions(self) -> dict[str, Array]:
+        """The attention's."""
+        return self.heads.decisions
+
+    def backward(self, dout: Array) -> Any:
+        """Gradients of x and of params; a share that was clipped can come back."""
+        grads = self.heads.backward(dout)._asdict()
+        # forward: span = max_span clip(share, 0, 1)
+        grads["span_share"] = self.max_span * grads.pop("span")
+        return gradients(("x", "params"))(grads.pop("x"), grads)
+
+
+@differentiable
+def span_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
+               num_kv_heads: int | None = None, max_span: float = MAX_SPAN,
+               **options: Any) -> tuple[Array, SpanLayerSaved]:
+    """Multi-head attention as far back as each head has learned to, in shares of `max_span`."""
+    projections = {name: w for name, w in params.items() if name != "span_share"}
+    span = max_span * np.clip(params["span_share"], 0, 1)
+    y, saved = layers.multi_head.forward(
+        x, **projections, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        attention=_SpanHeads(span), **options)
+    return y, SpanLayerSaved(saved, max_span)
+
+
 FUNCTIONS: dict[str, Any] = {"lsh_attention": lsh_heads}
 """Of q, k and v, in place of the variant of that name."""
 
-LAYERS: dict[str, Any] = {"nsa_attention": layers.nsa_layer, "routing_attention": routing_layer}
+LAYERS: dict[str, Any] = {"adaptive_span_attention": span_layer,
+                          "nsa_attention": layers.nsa_layer, "routing_attention": routing_layer}
 """Of x and parameters of their own, in place of the variant of that name."""
 
 
@@ -123,6 +177,9 @@ def init_layer(name: str, rng: Any, width: int, *, num_heads: int, depth: int,
     """Return fresh parameters for the layer of that name, called with these options."""
     if name == "routing_attention":
         return init_routing_layer(rng, width, num_heads=num_heads, depth=depth)
+    if name == "adaptive_span_attention":
+        return {**_projections(rng, width, num_heads, depth),
+                "span_share": np.zeros(num_heads, np.float32)}
     own = {key: options[key] for key in ("block_size", "compression") if key in options}
     return layers.init_nsa_layer(rng, width, num_heads=num_heads, depth=depth, separate=False,
                                  **own)

@@ -277,14 +277,21 @@ _FEW_BLOCKS = {"window": 3, "block_size": 4, "stride": 2, "select_block": 8, "nu
                "num_local": 1}
 
 _VARIANTS: Calls = {
+    "adaptive_span_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), abs(draw(2)) * 5), {"ramp": 3.0}),
     "axial_attention": lambda draw: (
         tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
     "bp_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(10, 4)), {"step": 2, "causal": True}),
     "coarse_fine_attention": lambda draw: (
         tuple(draw(2, 2, 14, 4) for _ in range(3)), {"block_size": 4, "causal": True}),
+    "dynamic_span_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), abs(draw(2, 2, 13)) * 5), {"ramp": 3.0}),
     "gat_attention": lambda draw: (
         (draw(2, 2, 12, 4), draw(2, 4), draw(2, 4), _ring(12)), {}),
+    "gated_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 4, 4)),
+        {"block_size": 4, "kind": "concrete", "rng": 0, "causal": True}),
     "graph_attention": lambda draw: (
         (*(draw(2, 2, 12, 4) for _ in range(3)), _ring(12), draw(3, 2)),
         {"edge_type": np.arange(24) % 3}),
@@ -297,6 +304,9 @@ _VARIANTS: Calls = {
     "routing_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 3, 4)),
         {"cluster_size": 4, "causal": True}),
+    "sparsebert_attention": lambda draw: (
+        (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 13, 2)),
+        {"hard": False, "rng": 0, "causal": True}),
     "swin_attention": lambda draw: (
         (*(draw(2, 2, 30, 4) for _ in range(3)), draw(25, 2)),
         {"shape": (5, 6), "window": 3, "shift": 1}),
