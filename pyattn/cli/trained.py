@@ -20,7 +20,10 @@ DECAY = 0.9
 CLUSTERS = 8
 
 MAX_SPAN = 128.0
-"""Tokens; spans start at 0, where the soft edge alone is seen."""
+"""Tokens."""
+
+FIRST_SHARE = 0.25
+"""Of the longest span, where spans start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +136,10 @@ class _SpanHeads:
 
 @dataclasses.dataclass(frozen=True)
 class SpanLayerSaved(Saved):
-    """The record of the heads and their projections, and the longest span."""
+    """The record of the heads and their projections, the shares, and the longest span."""
 
     heads: Any
+    share: Array
     max_span: float
 
     @property
@@ -144,10 +148,12 @@ class SpanLayerSaved(Saved):
         return self.heads.decisions
 
     def backward(self, dout: Array) -> Any:
-        """Gradients of x and of params; a share that was clipped can come back."""
+        """Gradients of x and of params; a share at an end can only come back."""
         grads = self.heads.backward(dout)._asdict()
         # forward: span = max_span clip(share, 0, 1)
-        grads["span_share"] = self.max_span * grads.pop("span")
+        pull = self.max_span * grads.pop("span")
+        outward = ((self.share <= 0) & (pull > 0)) | ((self.share >= 1) & (pull < 0))
+        grads["span_share"] = np.where(outward, 0, pull)
         return gradients(("x", "params"))(grads.pop("x"), grads)
 
 
@@ -161,7 +167,7 @@ def span_layer(x: Array, params: Mapping[str, Array], *, num_heads: int,
     y, saved = layers.multi_head.forward(
         x, **projections, num_heads=num_heads, num_kv_heads=num_kv_heads,
         attention=_SpanHeads(span), **options)
-    return y, SpanLayerSaved(saved, max_span)
+    return y, SpanLayerSaved(saved, params["span_share"], max_span)
 
 
 FUNCTIONS: dict[str, Any] = {"lsh_attention": lsh_heads}
@@ -179,7 +185,7 @@ def init_layer(name: str, rng: Any, width: int, *, num_heads: int, depth: int,
         return init_routing_layer(rng, width, num_heads=num_heads, depth=depth)
     if name == "adaptive_span_attention":
         return {**_projections(rng, width, num_heads, depth),
-                "span_share": np.zeros(num_heads, np.float32)}
+                "span_share": np.full(num_heads, FIRST_SHARE, np.float32)}
     own = {key: options[key] for key in ("block_size", "compression") if key in options}
     return layers.init_nsa_layer(rng, width, num_heads=num_heads, depth=depth, separate=False,
                                  **own)

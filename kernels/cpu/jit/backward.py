@@ -411,10 +411,12 @@ def gradient_tile(job, b, h, row_tile, key_tile, at, rows, depth, keys, masked, 
     if job.gate.at:
         dgates = scratch + job.back.dgates
         add_gradient(job, job.dgate, b, h, i0, j0, rows, keys, chunk, copy, dgates, buffer, unit)
-        add_to_table(job, job.dgate_table, job.gate_width, b, h, i0, j0, rows, keys, dgates, task,
+        if job.dgate_table.at:
+            add_to_table(job, job.dgate_table, job.gate_width, b, h, i0, j0, rows, keys, dgates,
+                         task, unit)
+    if job.doffsets.at:
+        add_to_table(job, job.doffsets, job.offsets_width, b, h, i0, j0, rows, keys, dscores, task,
                      unit)
-    add_to_table(job, job.doffsets, job.offsets_width, b, h, i0, j0, rows, keys, dscores, task,
-                 unit)
     if job.softcap > 0:
         for r in range(rows):
             row = r * TILE * size
@@ -542,9 +544,7 @@ def add_blocks(job, gradient, b, h, i0, j0, rows, keys, chunk, copy, tile, unit)
 
 @part
 def add_to_table(job, gradient, width, b, h, i0, j0, rows, keys, tile, task, unit):
-    """Add a tile to a table's gradient, by distance, if there is one."""
-    if gradient.at == 0:
-        return
+    """Add a tile to a table's gradient, by distance."""
     size = job.size
     sums = numbers(gradient.at + task * gradient.unit + h % gradient.rows * gradient.h, width, 0.0)
     for r in range(rows):

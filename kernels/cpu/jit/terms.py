@@ -52,8 +52,12 @@ def gate_row(job, b, h, i, j, count, into):
             into[x] = min(max((reach + key_position(job, b, j + x)) / job.ramp, 0.0), 1.0)
     elif job.gate_block > 1:
         row += i // job.gate_block * term.n
-        for x in range(count):
-            into[x] = load(row + (j + x) // job.gate_block * term.m, into[0])
+        x = 0
+        while x < count:
+            column = (j + x) // job.gate_block
+            stop = min(count, (column + 1) * job.gate_block - j)
+            into[x:stop] = load(row + column * term.m, into[0])
+            x = stop
     else:
         term_row(term, job.size, b, h, i, j, count, into)
 
