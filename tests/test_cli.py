@@ -165,6 +165,13 @@ def drawn_for(capsys, name, *options):
     return np.array([[cell == "█" for cell in line] for line in picture(text)]), text
 
 
+def test_show_draws_the_soft_edge_of_a_span(capsys):
+    drawn, text = drawn_for(capsys, "adaptive_span", "ramp=5")
+    i, j = np.arange(64)[:, None], np.arange(64)
+    assert np.array_equal(drawn, (j <= i) & (i - j < 5))
+    assert "the soft edge alone" in text
+
+
 @pytest.mark.parametrize(("name", "options"), [
     ("lsh", ()), ("lsh", ("causal=True", "num_rounds=1", "rng=3", "num_buckets=4")),
     ("routing", ()), ("routing", ("causal=True", "cluster_size=3")),

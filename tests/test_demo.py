@@ -151,6 +151,7 @@ def test_every_variant_of_sequences_can_be_trained(small, texts, tmp_path, capsy
      {"k_kernel", "v_pe", "w_gate"}),
     ("nsa_attention", {"mode": "kmeans", "window": 3, "segment": 4}, {"w_gate"}),
     ("nsa_attention", {"mode": "lsh", "window": 3, "segment": 4, "rng": 0}, {"w_gate"}),
+    ("adaptive_span_attention", {"ramp": 5.0, "max_span": 20.0}, {"span_share", "w_qkv"}),
     ("routing_attention", {"cluster_size": 3}, {"centroids", "w_qkv", "b_o"})])
 def test_layers_are_trained_saved_and_loaded(texts, tmp_path, name, options, extra):
     text, training, held_out = texts
