@@ -317,8 +317,9 @@ X = np.ones((2, 8, 4))
     (lambda f, z: f(X, X, X, z + 9, max_span=8), OptionError, r"span must lie in 0\.\.8"),
     (lambda f, z: f(X, X, X, z, ramp=0), OptionError, "ramp must be positive"),
     (lambda f, z: f(X, X, X, z, causal=False), OptionError, "causal must be one of"),
-    (lambda f, z: f(X, X, X, z, gate=X), OptionError, "cannot be combined with gate"),
-    (lambda f, z: f(X, X, X, z, window=3), OptionError, "cannot be combined with window"),
+    (lambda f, z: f(X, X, X, z, gate=X), OptionError, "gate cannot be given here"),
+    (lambda f, z: f(X, X, X, z, window=3), OptionError, "window cannot be given here"),
+    (lambda f, z: f(X, X, X, z, offsets=X), TypeError, "offsets"),
     (lambda f, z: f(X, X, X, np.zeros(3)), ShapeError, "span must broadcast"),
     (lambda f, z: f(X, X, X, z.astype(int)), DtypeError, "span must be one of"),
     (lambda f, z: f(X, X, X, 3.0), DtypeError, "span must be an array"),
@@ -383,6 +384,9 @@ def test_masks_of_distances():
     q, k = np.zeros((3, 130, 4)), np.zeros((3, 200, 4))
     seen = pyattn.attention.forward(q, k, k, mask=mask, return_weights=True)[0][1] > 0
     assert (seen == wanted).all()
+    for only in (0, 1, 63, 64, 127, 128):
+        alone = masks.distances(np.arange(only + 1) == only)
+        assert alone.compile(256, 256).count().pairs == (256 - only) * (2 if only else 1)
     assert masks.distances(np.zeros(5, bool)).compile(640, 640).tiles.empty == 100
     band = masks.distances(np.ones(65, bool)).compile(640, 640).tiles
     assert (band.full, band.partial, band.empty) == (10, 18, 72)

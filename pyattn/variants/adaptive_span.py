@@ -12,9 +12,9 @@ from ..checks import OptionError, require_broadcast, require_choice, require_rea
 from ..differentiable import Saved, differentiable, gradients
 from ..engines.problem import GateForm
 from ..features.spans import require_span
-from .attention import attend
+from .attention import attend, handed_on
 
-REFUSED = ("gate", "gate_form", "window")
+REFUSED = ("gate", "window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,7 @@ def attend_spans(q: Array, k: Array, v: Array, span: Array, spans: Array, *, ram
                  include_self: bool, causal: bool | str, reach: masks.Mask, mask: Any,
                  options: dict[str, Any]) -> tuple[Any, SpanSaved]:
     """Attend with `spans`, which are `span` as a gate has them, to the pairs within `reach`."""
-    for name in REFUSED:
-        if name in options:
-            raise OptionError(f"a span cannot be combined with {name}")
+    options = handed_on(options, REFUSED, "spans are gate and window")
     if not include_self:
         reach = reach & ~masks.window(0, 0)
     form = GateForm(ramp=ramp, shift=0 if include_self else 1)

@@ -16,6 +16,9 @@ from ..engines import softmax
 
 CAUSAL = masks.causal()
 
+INTERNAL = ("alignment", "gate_form", "offsets", "order")
+"""What `attend` takes beside the options of `attention`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSaved(Saved):
@@ -192,6 +195,18 @@ def attend(q: Array, k: Array, v: Array, *, mask: Any = None, causal: bool | str
         q, k, v, mask=mask, alignment="top_left" if causal == "top_left" else "bottom_right",
         offsets=offsets, **options)
     return out, saved if alibi_slopes is None else AttentionSaved(saved, alibi_slopes)
+
+
+def handed_on(options: dict[str, Any], refused: tuple[str, ...], reason: str) -> dict[str, Any]:
+    """Return a variant's further options for `attend`; OptionError if one is asked for in vain."""
+    for name in options:
+        if name in INTERNAL:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+    for name in refused:
+        value = options.get(name)
+        if value is not None and value is not False:
+            raise OptionError(f"{name} cannot be given here: {reason}")
+    return {name: value for name, value in options.items() if name not in refused}
 
 
 def _pattern(causal: bool | str, window: Any) -> masks.Mask:

@@ -15,9 +15,9 @@ from ..engines.problem import GateForm
 from ..features.connections import block_offsets, is_relative, own_blocks, require_blocks
 from ..features.gates import KINDS, GatesSaved, sample
 from ..masks.algebra import host_array
-from .attention import attend
+from .attention import attend, handed_on
 
-REFUSED = ("gate", "gate_form", "window", "segments")
+REFUSED = ("gate", "window", "segments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +175,7 @@ def gated_attention(q: Array, k: Array, v: Array, gate_logits: Array, *, block_s
     >>> bool((saved.backward(out).gate_logits[0, 0, 1:] != 0).all())
     True
     """
-    for name in REFUSED:
-        if name in options:
-            raise OptionError(f"gated_attention cannot be combined with {name}")
+    options = handed_on(options, REFUSED, "gates are those of blocks in one sequence")
     block_size = require_integer("block_size", block_size, minimum=1)
     kind = require_choice("kind", kind, KINDS)
     causal = require_choice("causal", causal, (False, True, "top_left"))

@@ -9,14 +9,14 @@ import numpy as np
 
 from .. import arrays, masks
 from ..arrays import Array
-from ..checks import OptionError, ShapeError, require_choice
+from ..checks import ShapeError, require_choice
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines.problem import GateForm
 from ..features.connections import sample_distances, spread_alpha
 from ..features.gates import GatesSaved
-from .attention import attend
+from .attention import attend, handed_on
 
-REFUSED = ("gate", "gate_form", "alibi_slopes")
+REFUSED = ("gate", "alibi_slopes")
 
 CLOSED = 1e4
 """What the additive form takes from the score of a closed distance."""
@@ -155,9 +155,7 @@ def sparsebert_attention(q: Array, k: Array, v: Array, alpha: Array, *, temperat
     >>> saved.backward(out).alpha.shape
     (2, 6, 2)
     """
-    for name in REFUSED:
-        if name in options:
-            raise OptionError(f"sparsebert_attention cannot be combined with {name}")
+    options = handed_on(options, REFUSED, "the gates by distance take its place")
     causal = require_choice("causal", causal, (False, True, "top_left"))
     known = dict(decisions or {})
     if "dropout_seed" in known:
