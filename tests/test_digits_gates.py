@@ -30,7 +30,7 @@ def test_the_network_s_gradient(kind):
 
 @pytest.mark.slow
 def test_all_kinds_learn_the_digits(record_property):
-    """Which is best is told, not asserted: the differences are within the spread of seeds."""
+    """Which is best is told, not asserted: seeds differ by nearly as much."""
     for kind in digits_gates.KINDS:
         found = digits_gates.accuracy(kind, seed=0)
         record_property(kind, found)
