@@ -266,9 +266,10 @@ def test_strided_and_read_only_arguments(backend):
 @pytest.mark.parametrize("longest", [0, 1, 2])
 def test_lists_of_items_may_have_very_different_lengths(longest, backend):
     index = np.full((3, 1, 40, 30), -1)
-    index[:, 0, 7, :2] = [4, 29]
-    index[longest] = np.arange(30)
-    index[longest, 0, 11:] = -1
+    index[:, 0, 7:9, :2] = [[4, 29], [4, -1]]
+    # key 0 is listed late: its edge has a number that the other lists do not reach
+    index[longest, 0, :11] = np.arange(30)
+    index[longest, 0, :10, 0] = -1
     edges = Edges.from_lists(index, batch=3, heads=2, tokens=30)
     q, k, v = draw(Shape((3,), 2, 1, 40, 30, 8, 5))
     judge(q, k, v, edges, backend)
