@@ -48,7 +48,7 @@ def initial(kind: str, seed: int, dtype: Any = np.float32) -> Params:
         params |= {f"gate{i}.w1": normal(width, HIDDEN), f"gate{i}.b1": np.zeros(HIDDEN, dtype),
                    f"gate{i}.w2": normal(HIDDEN, width), f"gate{i}.b2": np.zeros(width, dtype)}
         if kind != "SE":
-            params[f"gate{i}.w_spatial"] = np.zeros((MAP, MAP, 2), dtype)
+            params[f"gate{i}.w_spatial"] = np.zeros((2, MAP, MAP), dtype)
     return params
 
 

@@ -28,7 +28,7 @@ def network(seed=0, hidden=HIDDEN, biases=True, dtype=np.float64):
 
 
 def zeros(k=3):
-    return (np.zeros((CHANNELS, 2)), None, np.zeros((2, CHANNELS)), None, np.zeros((k, k, 2)))
+    return (np.zeros((CHANNELS, 2)), None, np.zeros((2, CHANNELS)), None, np.zeros((2, k, k)))
 
 
 # the formulas
@@ -50,11 +50,11 @@ def excite(x, weights, r):
 def pixels(x, w, r, *, order="max_mean", gamma=None, beta=None, statistics=None, eps=1e-5):
     maps = [x.max(-3), r(x.mean(-3))]
     maps = np.stack(maps if order == "max_mean" else maps[::-1], -3)
-    k = w.shape[0] // 2
+    k = w.shape[1] // 2
     wide = np.pad(maps, [(0, 0)] * (maps.ndim - 2) + [(k, k)] * 2)
     rows, columns = x.shape[-2:]
-    y = sum(wide[..., c, i:i + rows, j:j + columns] * r(w)[i, j, c]
-            for i, j, c in np.ndindex(w.shape))
+    y = sum(wide[..., c, i:i + rows, j:j + columns] * r(w)[c, i, j]
+            for c, i, j in np.ndindex(w.shape))
     if gamma is not None:
         mean, variance = statistics or (y.mean(), y.var())
         y = gamma * (y - mean) / np.sqrt(variance + eps) + beta
@@ -87,7 +87,7 @@ FUNCTIONS = {
 def test_forward(name, shape, dtype):
     x = draw(*shape, dtype=dtype)
     given = network(dtype=dtype), network(1, 2, biases=False, dtype=dtype), draw(
-        7, 7, 2, dtype=dtype) / dtype(4)
+        2, 7, 7, dtype=dtype) / dtype(4)
     function, arguments, options = FUNCTIONS[name][0](x, *given)
     out = function(*arguments, **options)
     exact, rough = (FUNCTIONS[name][1](r(x), *given, r)
@@ -99,14 +99,14 @@ def test_forward(name, shape, dtype):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients(name, shape):
     function, arguments, options = FUNCTIONS[name][0](
-        draw(*shape), network(), network(1, 2, biases=False), draw(3, 3, 2))
+        draw(*shape), network(), network(1, 2, biases=False), draw(2, 3, 3))
     gradcheck(function, *arguments, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "mean_max"}, {"statistics": (0.3, 2.0)},
                                      {"eps": 0.1}], ids=str)
 def test_normalised_map(options):
-    x, weights, w = draw(2, CHANNELS, 5, 4), network(biases=False), draw(3, 3, 2)
+    x, weights, w = draw(2, CHANNELS, 5, 4), network(biases=False), draw(2, 3, 3)
     more = {"gamma": np.array([1.3]), "beta": np.array(0.2)}
     out, saved = pyattn.cbam.forward(x, *weights, w, **more, **options)
     r = oracle.exact(np.float32)
@@ -124,7 +124,7 @@ def test_normalised_map(options):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_other_libraries(name, library):
     xp = array_api_strict if library == "array_api_strict" else pytest.importorskip(library)
-    given = draw(2, CHANNELS, 5, 4), network(), network(1, 2), draw(3, 3, 2)
+    given = draw(2, CHANNELS, 5, 4), network(), network(1, 2), draw(2, 3, 3)
     theirs = [tuple(map(xp.asarray, x)) if isinstance(x, tuple) else xp.asarray(x) for x in given]
     (function, arguments, options), (_, others, _) = (
         FUNCTIONS[name][0](*x) for x in (given, theirs))
@@ -156,23 +156,23 @@ def test_pixels_may_change_places_for_channel_gates_and_not_for_pixel_gates():
 
     np.testing.assert_allclose(pyattn.squeeze_excite(moved(x), *network()),
                                moved(pyattn.squeeze_excite(x, *network())), atol=1e-14)
-    channels_alone = *network(), np.zeros((3, 3, 2))
+    channels_alone = *network(), np.zeros((2, 3, 3))
     np.testing.assert_allclose(pyattn.cbam(moved(x), *channels_alone),
                                moved(pyattn.cbam(x, *channels_alone)), atol=1e-14)
-    whole = *network(), draw(3, 3, 2)
+    whole = *network(), draw(2, 3, 3)
     assert abs(pyattn.cbam(moved(x), *whole) - moved(pyattn.cbam(x, *whole))).max() > 1e-2
 
 
 def test_with_one_pixel_mean_and_maximum_are_one_so_the_logit_doubles():
     x, (w1, _, w2, _) = draw(3, CHANNELS, 1, 1), network()
     once = pyattn.squeeze_excite(x, w1, None, 2 * w2, None)
-    none = np.zeros((3, 3, 2))
+    none = np.zeros((2, 3, 3))
     np.testing.assert_allclose(pyattn.cbam(x, w1, None, w2, None, none), once / 2, atol=1e-15)
 
 
 def test_order_is_that_of_the_maps():
-    x, weights, w = draw(2, CHANNELS, 5, 4), network(), draw(3, 3, 2)
-    np.testing.assert_allclose(pyattn.cbam(x, *weights, w[..., ::-1], order="mean_max"),
+    x, weights, w = draw(2, CHANNELS, 5, 4), network(), draw(2, 3, 3)
+    np.testing.assert_allclose(pyattn.cbam(x, *weights, w[::-1], order="mean_max"),
                                pyattn.cbam(x, *weights, w), atol=1e-14)
     assert abs(pyattn.cbam(x, *weights, w, order="mean_max")
                - pyattn.cbam(x, *weights, w)).max() > 1e-3
@@ -182,8 +182,8 @@ def test_the_first_of_equals_has_the_gradient():
     x = np.zeros((CHANNELS, 2, 3))
     x[:, 0, 2] = x[:, 1, 0] = 1.0
     x[:2] *= 2
-    w = np.zeros((1, 1, 2))
-    w[..., 0] = 1.0
+    w = np.zeros((2, 1, 1))
+    w[0] = 1.0
     weights = np.ones((CHANNELS, 1)), None, np.ones((1, CHANNELS)), None
     _, saved = pyattn.cbam.forward(x, *weights, w)
     assert (saved.decisions["channel_argmax"] == 2).all()
@@ -201,7 +201,7 @@ def test_the_first_of_equals_has_the_gradient():
 
 
 def test_items_do_not_see_each_other_and_arguments_stay_as_they_are():
-    x, weights, w = draw(3, CHANNELS, 5, 4), network(), draw(3, 3, 2)
+    x, weights, w = draw(3, CHANNELS, 5, 4), network(), draw(2, 3, 3)
     for name, (call, _) in FUNCTIONS.items():
         function, arguments, options = call(x, weights, network(1), w)
         for a in arguments:
@@ -219,14 +219,14 @@ def test_items_do_not_see_each_other_and_arguments_stay_as_they_are():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_at_all(name, shape):
     function, arguments, options = FUNCTIONS[name][0](draw(*shape), network(), network(1),
-                                                      draw(3, 3, 2))
+                                                      draw(2, 3, 3))
     out, saved = function.forward(*arguments, **options)
     assert out.shape == saved.backward(out).x.shape == shape
     assert not saved.backward(out).w1.any()
 
 
 def test_cost_is_linear_in_the_pixels():
-    counts = [pyattn.cbam.forward(draw(CHANNELS, n, 8), *network(), draw(7, 7, 2))[1].stats
+    counts = [pyattn.cbam.forward(draw(CHANNELS, n, 8), *network(), draw(2, 7, 7))[1].stats
               for n in (8, 16, 32)]
     flops = [c["flops"] for c in counts]
     assert flops[2] - flops[1] == 2 * (flops[1] - flops[0])
@@ -242,29 +242,29 @@ X = draw(2, CHANNELS, 5, 4)
      lambda: pyattn.squeeze_excite(X, draw(5, 3), None, draw(3, 5), None)),
     (ShapeError, r"b1 must have shape \(3,\)", lambda: pyattn.squeeze_excite(
         X, draw(6, 3), draw(6), draw(3, 6), None)),
-    (ShapeError, r"w_spatial must be \(k, k, 2\), k odd",
-     lambda: pyattn.cbam(X, *network(), draw(4, 4, 2))),
+    (ShapeError, r"w_spatial must be \(2, k, k\), k odd",
+     lambda: pyattn.cbam(X, *network(), draw(2, 4, 4))),
     (OptionError, "gamma and beta must be given both",
-     lambda: pyattn.cbam(X, *network(), draw(3, 3, 2), draw(1))),
-    (OptionError, "order must be one of", lambda: pyattn.cbam(X, *network(), draw(3, 3, 2),
+     lambda: pyattn.cbam(X, *network(), draw(2, 3, 3), draw(1))),
+    (OptionError, "order must be one of", lambda: pyattn.cbam(X, *network(), draw(2, 3, 3),
                                                               order="mean")),
     (OptionError, "statistics are of the batch normalisation",
-     lambda: pyattn.cbam(X, *network(), draw(3, 3, 2), statistics=(0, 1))),
+     lambda: pyattn.cbam(X, *network(), draw(2, 3, 3), statistics=(0, 1))),
     (OptionError, "decisions may hold channel_argmax, spatial_argmax",
-     lambda: pyattn.cbam(X, *network(), draw(3, 3, 2), decisions={"blocks": 0})),
+     lambda: pyattn.cbam(X, *network(), draw(2, 3, 3), decisions={"blocks": 0})),
     (ShapeError, r"decisions\['channel_argmax'\] must be integers \(2, 6\)",
-     lambda: pyattn.cbam(X, *network(), draw(3, 3, 2),
+     lambda: pyattn.cbam(X, *network(), draw(2, 3, 3),
                          decisions={"channel_argmax": np.zeros(6, int)})),
     (OptionError, r"must lie in 0\.\.19", lambda: pyattn.cbam(
-        X, *network(), draw(3, 3, 2), decisions={"channel_argmax": np.full((2, 6), 20)})),
+        X, *network(), draw(2, 3, 3), decisions={"channel_argmax": np.full((2, 6), 20)})),
     (OptionError, "mode 'serial' has no second network; got w1_cbam",
-     lambda: pyattn.se_cbam(X, *network(), draw(3, 3, 2), *network())),
+     lambda: pyattn.se_cbam(X, *network(), draw(2, 3, 3), *network())),
     (OptionError, "mode 'full' needs w1_cbam and w2_cbam",
-     lambda: pyattn.se_cbam(X, *network(), draw(3, 3, 2), mode="full")),
+     lambda: pyattn.se_cbam(X, *network(), draw(2, 3, 3), mode="full")),
     (ShapeError, r"w1_cbam must be \(C, R\)", lambda: pyattn.se_cbam(
-        X, *network(), draw(3, 3, 2), draw(5, 2), None, draw(2, 5), mode="full")),
+        X, *network(), draw(2, 3, 3), draw(5, 2), None, draw(2, 5), mode="full")),
     (ShapeError, "dout must have shape", lambda: pyattn.cbam.forward(
-        X, *network(), draw(3, 3, 2))[1].backward(X[0])),
+        X, *network(), draw(2, 3, 3))[1].backward(X[0])),
 ])
 def test_errors_name_the_argument_the_rule_and_what_was_given(error, match, call):
     with pytest.raises(error, match=match):
@@ -273,7 +273,8 @@ def test_errors_name_the_argument_the_rule_and_what_was_given(error, match, call
 
 def test_the_gate_of_pixels_is_a_convolution():
     """By `conv2d`, which has tests of its own."""
-    x, w = draw(CHANNELS, 6, 7), draw(5, 5, 2)
+    x, w = draw(CHANNELS, 6, 7), draw(2, 5, 5)
     out = pyattn.cbam(x, *zeros()[:4], w)
     maps = np.stack([x.max(0), x.mean(0)]) / 2
-    np.testing.assert_allclose(out, x / 2 * sigmoid(layers.conv2d(maps, w[..., None])), atol=1e-14)
+    np.testing.assert_allclose(out, x / 2 * sigmoid(layers.conv2d(
+        maps, w.transpose(1, 2, 0)[..., None])), atol=1e-14)

@@ -239,7 +239,7 @@ def test_only_a_full_run_above_the_bigram_entropy_fails(small, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
-    (["--attention", "nothing"], "--attention must be one of attention"),
+    (["--attention", "nothing"], "--attention must be one of adaptive_span_attention, "),
     (["--attention", "cross_modal_attention"], "which can be causal"),
     (["--attention", "axial"], "which can be causal; got 'axial_attention'"),
     (["--attention", "longformer", "--option", "bias=3"],

@@ -289,13 +289,13 @@ def test_cbam_is_timm_s(torch, training, monkeypatch):
     out, saved = pyattn.cbam.forward(
         x.detach().numpy(), first.detach().numpy()[..., 0, 0].T, None,
         second.detach().numpy()[..., 0, 0].T, None,
-        conv.weight.detach().numpy()[0].transpose(1, 2, 0), norm.weight.detach().numpy(),
+        conv.weight.detach().numpy()[0], norm.weight.detach().numpy(),
         norm.bias.detach().numpy(), order="mean_max", statistics=statistics, eps=norm.eps)
     grads = saved.backward(dout)
     close(out, wanted)
     close(grads.x, x.grad)
     close(grads.w1, first.grad[..., 0, 0].T)
     close(grads.w2, second.grad[..., 0, 0].T)
-    close(grads.w_spatial, conv.weight.grad[0].permute(1, 2, 0))
+    close(grads.w_spatial, conv.weight.grad[0])
     close(grads.gamma, norm.weight.grad)
     close(grads.beta, norm.bias.grad)

@@ -160,7 +160,7 @@ class SpatialGateSaved(Saved):
                            - self.normal * xp.mean(dlogits * self.normal))
             dlogits = dlogits * self.rstd
         grads = self.convolved.backward(dlogits[:, None, :, :])
-        found["w_spatial"] = grads.w[:, :, :, 0]
+        found["w_spatial"] = xp.permute_dims(grads.w[:, :, :, 0], (2, 0, 1))
         dmaps = xp.reshape(grads.x, (x.shape[0], 2, x.shape[2]))
         dmax, dmean = (dmaps[:, 1, :], dmaps[:, 0, :]) if self.reverse else (
             dmaps[:, 0, :], dmaps[:, 1, :])
@@ -177,7 +177,7 @@ def spatial_gate(xp: Any, x: Array, size: tuple[int, int], w: Array, gamma: Arra
     maps = [top, xp.mean(x, axis=1)]
     stacked = xp.stack(maps[::-1] if reverse else maps, axis=1)
     stacked = xp.reshape(stacked, (x.shape[0], 2, *size))
-    y, convolved = conv2d.forward(stacked, w[..., None])
+    y, convolved = conv2d.forward(stacked, xp.permute_dims(w, (1, 2, 0))[..., None])
     logits, normal, rstd, own = y[:, 0, :, :], None, None, None
     if gamma is not None and beta is not None:
         if statistics is None:

@@ -313,7 +313,7 @@ _VARIANTS: Calls = {
         tuple(draw(2, 2, 15, 4) for _ in range(3)), {"shape": (3, 5)}),
     "bp_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(10, 4)), {"step": 2, "causal": True}),
-    "cbam": lambda draw: ((*_gates(draw), draw(3, 3, 2), draw(1), draw(1)), {}),
+    "cbam": lambda draw: ((*_gates(draw), draw(2, 3, 3), draw(1), draw(1)), {}),
     "coarse_fine_attention": lambda draw: (
         tuple(draw(2, 2, 14, 4) for _ in range(3)), {"block_size": 4, "causal": True}),
     "efficient_attention": lambda draw: (
@@ -346,7 +346,7 @@ _VARIANTS: Calls = {
     "routing_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 3, 4)),
         {"cluster_size": 4, "causal": True}),
-    "se_cbam": lambda draw: ((*_gates(draw), draw(3, 3, 2)), {}),
+    "se_cbam": lambda draw: ((*_gates(draw), draw(2, 3, 3)), {}),
     "squeeze_excite": lambda draw: (_gates(draw), {}),
     "sparsebert_attention": lambda draw: (
         (*(draw(2, 2, 13, 4) for _ in range(3)), draw(2, 13, 2)),

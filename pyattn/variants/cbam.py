@@ -55,7 +55,7 @@ class CbamSaved(Saved):
     def stats(self) -> dict[str, int]:
         """Counters: flops of the forward, bytes in and out."""
         c, height, width = self.x.shape[-3:]
-        images, taps = self.channels.gate.shape[0], self.weights["w_spatial"].shape[0] ** 2
+        images, taps = self.channels.gate.shape[0], self.weights["w_spatial"].shape[-1] ** 2
         hidden = self.channels.w1.shape[1]
         return {"flops": images * (height * width * (4 * c + 4 * taps) + 8 * c * hidden),
                 "bytes": 2 * arrays.nbytes(self.x)}
@@ -99,9 +99,9 @@ def cbam(x: Array, w1: Array, b1: Array | None, w2: Array, b2: Array | None, w_s
         Images.
     w1, b1, w2, b2 : arrays, shapes (C, R), (R,), (R, C) and (C,)
         The network of the channels; biases may be None.
-    w_spatial : array, shape (k, k, 2), k odd
-        From the two maps to the gate of the pixels, usually k = 7; torch's weight (1, 2, k, k) is
-        ``w_spatial.transpose(2, 0, 1)[None]``.
+    w_spatial : array, shape (2, k, k), k odd
+        From the two maps to the gate of the pixels, usually k = 7: the one row of torch's weight
+        (1, 2, k, k).
     gamma, beta : arrays with one number each, optional
         Batch normalisation of what the convolution gives, before the sigmoid, over all pixels of
         all images.
@@ -141,7 +141,7 @@ def cbam(x: Array, w1: Array, b1: Array | None, w2: Array, b2: Array | None, w_s
     --------
     >>> import numpy as np, pyattn
     >>> x = np.arange(8.0).reshape(2, 2, 2)
-    >>> nothing = np.zeros((2, 1)), None, np.zeros((1, 2)), None, np.zeros((7, 7, 2))
+    >>> nothing = np.zeros((2, 1)), None, np.zeros((1, 2)), None, np.zeros((2, 7, 7))
     >>> out, saved = pyattn.cbam.forward(x, *nothing)
     >>> out[1], saved.decisions["channel_argmax"]
     (array([[1.  , 1.25],
@@ -169,9 +169,9 @@ def require_spatial(w_spatial: Array, gamma: Array | None, beta: Array | None, o
                     statistics: Any, eps: float) -> dict[str, Any]:
     """Return the options of `spatial_gate`, or raise if something does not fit."""
     require_choice("order", order, ("max_mean", "mean_max"))
-    k = w_spatial.shape[0] if w_spatial.ndim == 3 else 0
-    if k % 2 == 0 or tuple(w_spatial.shape) != (k, k, 2):
-        raise ShapeError(f"w_spatial must be (k, k, 2), k odd; got {tuple(w_spatial.shape)}")
+    k = w_spatial.shape[-1] if w_spatial.ndim == 3 else 0
+    if k % 2 == 0 or tuple(w_spatial.shape) != (2, k, k):
+        raise ShapeError(f"w_spatial must be (2, k, k), k odd; got {tuple(w_spatial.shape)}")
     if (gamma is None) != (beta is None):
         raise OptionError("gamma and beta must be given both or neither")
     for name, number in (("gamma", gamma), ("beta", beta)):

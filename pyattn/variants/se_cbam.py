@@ -60,7 +60,7 @@ class SeCbamSaved(Saved):
         if self.gated is not None:
             return {name: count + self.gated.stats[name] for name, count in found.items()}
         c, height, width = self.middle.shape[-3:]
-        images, taps = self.excited.gated.gate.shape[0], self.weights["w_spatial"].shape[0] ** 2
+        images, taps = self.excited.gated.gate.shape[0], self.weights["w_spatial"].shape[-1] ** 2
         found["flops"] += images * height * width * (3 * c + 4 * taps)
         return found | {"bytes": 2 * found["bytes"]}
 
@@ -122,7 +122,7 @@ def se_cbam(x: Array, w1: Array, b1: Array | None, w2: Array, b2: Array | None, 
         Images.
     w1, b1, w2, b2 : arrays, shapes (C, R), (R,), (R, C) and (C,)
         The network of squeeze-and-excitation; biases may be None.
-    w_spatial : array, shape (k, k, 2), k odd
+    w_spatial : array, shape (2, k, k), k odd
         CBAM's, from its two maps to the gate of the pixels.
     w1_cbam, b1_cbam, w2_cbam, b2_cbam : arrays, shapes (C, R'), (R',), (R', C) and (C,)
         CBAM's own network of the channels, for ``"full"`` and ``"parallel"``; biases may be None.
@@ -157,7 +157,7 @@ def se_cbam(x: Array, w1: Array, b1: Array | None, w2: Array, b2: Array | None, 
     --------
     >>> import numpy as np, pyattn
     >>> x = np.ones((2, 3, 3))
-    >>> nothing = np.zeros((2, 1)), None, np.zeros((1, 2)), None, np.zeros((7, 7, 2))
+    >>> nothing = np.zeros((2, 1)), None, np.zeros((1, 2)), None, np.zeros((2, 7, 7))
     >>> pyattn.se_cbam(x, *nothing)[0, 0]
     array([0.25, 0.25, 0.25])
     """
