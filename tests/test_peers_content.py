@@ -7,10 +7,10 @@ the command that installs them alone.
 from __future__ import annotations
 
 import functools
-import warnings
 
 import numpy as np
 import pytest
+from public_code import close, module, torch_in_float64  # noqa: F401
 
 import pyattn
 from pyattn.features.hashing import lsh_hash
@@ -24,34 +24,11 @@ def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def close(got, wanted, name="", atol=1e-11):
-    wanted = wanted.detach().numpy()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=atol * max(1, abs(wanted).max()),
-                               err_msg=name)
-
-
-@pytest.fixture(name="torch")
-def _torch():
-    torch = pytest.importorskip("torch")
-    before = torch.get_default_dtype()
-    # what these packages make themselves has the default dtype
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield torch
-    torch.set_default_dtype(before)
-
-
-def module(name):
-    """A package's module, without what its import warns of."""
-    pytest.importorskip(name.split(".")[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name)
-
-
 # Hugging Face Reformer
 
 BATCH, HEADS, HEAD_WIDTH, WIDTH = 2, 3, 6, 10
+ROUGH = 1e-11
+"""Their keys have an epsilon beside their length."""
 
 
 def reformer_layer(torch, *, chunk, rounds, buckets, causal, monkeypatch):
@@ -94,10 +71,11 @@ def compare_with_reformer(torch, layer, n, buckets, dout, *, mask=None, **option
         causal=layer.is_decoder, **options)
     dqk, dv = (joined(gradient) for gradient in saved.backward(split(dout)))
     real = np.ones((BATCH, n), bool) if mask is None else mask
-    close(joined(out)[real], want.hidden_states[torch.asarray(real)], "out")
-    close(dqk @ weights["query_key.weight"] + dv @ weights["value.weight"], hidden.grad, "x")
+    close(joined(out)[real], want.hidden_states[torch.asarray(real)], "out", ROUGH)
+    close(dqk @ weights["query_key.weight"] + dv @ weights["value.weight"], hidden.grad, "x", ROUGH)
     for name, gradient in (("query_key", dqk), ("value", dv)):
-        close(np.einsum("bno,bni->oi", gradient, x), getattr(layer, name).weight.grad, name)
+        close(np.einsum("bno,bni->oi", gradient, x), getattr(layer, name).weight.grad, name,
+              ROUGH)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,6 +14,7 @@ import types
 
 import numpy as np
 import pytest
+from public_code import close, torch_in_float64  # noqa: F401
 
 import pyattn
 from pyattn import layers
@@ -25,23 +26,6 @@ BACKENDS = ["cpu", "array_api"]
 
 def draw(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
-def close(got, wanted, name="", atol=1e-11):
-    wanted = wanted.detach().numpy()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=atol * max(1, abs(wanted).max()),
-                               err_msg=name)
-
-
-@pytest.fixture(name="torch")
-def _torch():
-    torch = pytest.importorskip("torch")
-    before = torch.get_default_dtype()
-    # what these packages make themselves has the default dtype
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield torch
-    torch.set_default_dtype(before)
 
 
 def from_package(package, module, monkeypatch, **attributes):

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from public_code import close, torch_in_float64  # noqa: F401
 
 import pyattn
 from pyattn import layers
@@ -17,19 +18,6 @@ BACKENDS = ["cpu", "array_api"]
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-def close(got, wanted, name=""):
-    wanted = wanted.detach().numpy()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-11 * max(1, abs(wanted).max()),
-                               err_msg=name)
-
-
-@pytest.fixture(name="torch")
-def _torch():
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    return torch
 
 
 def models(name):

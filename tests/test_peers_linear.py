@@ -6,12 +6,9 @@ linear-attention-transformer and flash-linear-attention bring much that these te
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from pathlib import Path
-
 import numpy as np
 import pytest
+from public_code import close, module, module_of_file, torch_in_float64  # noqa: F401
 
 import pyattn
 from pyattn.engines import linear as engine
@@ -21,48 +18,17 @@ pytestmark = pytest.mark.peers
 
 BACKENDS = ["cpu", "array_api"]
 
+LUCIDRAINS = "linear_attention_transformer.linear_attention_transformer"
+
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def close(got, wanted, name="", atol=1e-11):
-    wanted = wanted.detach().numpy()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=atol * max(1, abs(wanted).max()),
-                               err_msg=name)
-
-
-@pytest.fixture(name="torch")
-def _torch():
-    return pytest.importorskip("torch")
-
-
-def lucidrains():
-    pytest.importorskip("linear_attention_transformer")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("linear_attention_transformer.linear_attention_transformer")
-
-
-def fla_naive():
-    """Plain torch code beside kernels that need a GPU; the package cannot be imported without."""
-    pytest.importorskip("einops")
-    spec = importlib.util.find_spec("fla")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("fla is not installed")
-    path = Path(spec.submodule_search_locations[0], "ops", "linear_attn", "naive.py")
-    if not path.exists():
-        pytest.skip(f"there is no {path}")
-    found = importlib.util.spec_from_file_location("fla_naive_linear", path)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_efficient_attention_of_lucidrains(torch, padded, backend):
-    rival = lucidrains().linear_attn
+    rival = module(LUCIDRAINS).linear_attn
     given = [draw(2, 3, 70, 16, seed=seed) for seed in range(3)]
     lengths = [70, 41] if padded else None
     tensors = [torch.tensor(x, requires_grad=True) for x in given]
@@ -82,7 +48,7 @@ def test_efficient_attention_of_lucidrains(torch, padded, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_causal_linear_attention_of_lucidrains(torch, backend):
     """Its buckets of one token see themselves; larger ones see earlier buckets alone."""
-    rival = lucidrains().causal_linear_attn
+    rival = module(LUCIDRAINS).causal_linear_attn
     q, k, v = (draw(2, 3, 70, 16, seed=seed) for seed in range(3))
     phi_q, phi_k = torch.softmax(torch.tensor(q), -1).numpy(), np.exp(k)
     tensors = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
@@ -103,7 +69,7 @@ def test_causal_linear_attention_of_lucidrains(torch, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_chunks_of_flash_linear_attention(torch, normalize, backend):
-    rival = fla_naive().naive_chunk_linear_attn
+    rival = module_of_file("fla", "ops/linear_attn/naive.py").naive_chunk_linear_attn
     # theirs are (batch, tokens, heads, width); with normalize their denominators lack the scale
     q, k, v = (np.abs(draw(2, 128, 3, 16, seed=seed)) for seed in range(3))
     tensors = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
@@ -122,7 +88,7 @@ def test_chunks_of_flash_linear_attention(torch, normalize, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_states_of_flash_linear_attention(torch, backend):
-    rival = fla_naive().naive_recurrent_linear_attn
+    rival = module_of_file("fla", "ops/linear_attn/naive.py").naive_recurrent_linear_attn
     q, k, v = (np.abs(draw(2, 40, 3, 16, seed=seed)).astype(np.float32) for seed in range(3))
     state = np.abs(draw(2, 3, 16, 17, seed=4)).astype(np.float32)
     tensors = [torch.tensor(x) for x in (q, k, v)]

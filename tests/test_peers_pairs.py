@@ -6,47 +6,15 @@ Both packages import much that these classes do not use, so each class is taken 
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from public_code import close, definition, torch_in_float64  # noqa: F401
 
 import pyattn
 
 pytestmark = pytest.mark.peers
 
 BACKENDS = ["cpu", "array_api"]
-
-
-@pytest.fixture(name="torch")
-def _torch():
-    torch = pytest.importorskip("torch")
-    before = torch.get_default_dtype()
-    # what these classes make themselves has the default dtype
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield torch
-    torch.set_default_dtype(before)
-
-
-def definition(package, path, name, **names):
-    """A class or function of a package's file, which finds `names` and nothing else."""
-    found = importlib.util.find_spec(package)
-    if found is None:
-        pytest.skip(f"{package} is not installed")
-    file = Path(found.submodule_search_locations[0]) / path
-    tree = ast.parse(file.read_text())
-    tree.body = [node for node in tree.body if getattr(node, "name", None) == name]
-    exec(compile(tree, str(file), "exec"), names)
-    return names[name]
-
-
-def close(got, wanted, name):
-    wanted = wanted.detach().numpy()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12 * max(1, abs(wanted).max()),
-                               err_msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

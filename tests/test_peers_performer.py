@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 
 import numpy as np
 import pytest
+from public_code import close, leaves, module, torch_in_float64  # noqa: F401
 
 import pyattn
 from pyattn.features import random_features, random_projection
@@ -23,35 +23,6 @@ BACKENDS = ["cpu", "array_api"]
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-def close(got, wanted, name="", atol=1e-12):
-    wanted = wanted.detach().numpy()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=atol * max(1, abs(wanted).max()),
-                               err_msg=name)
-
-
-@pytest.fixture(name="torch")
-def _torch():
-    torch = pytest.importorskip("torch")
-    before = torch.get_default_dtype()
-    # what these packages make themselves has the default dtype
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield torch
-    torch.set_default_dtype(before)
-
-
-def module(name):
-    """A package's module, without what its import warns of."""
-    pytest.importorskip(name.split(".")[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name)
-
-
-def leaves(torch, *given):
-    return [torch.tensor(x, requires_grad=True) for x in given]
 
 
 # lucidrains' linformer

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+from public_code import close, leaves, torch_in_float64  # noqa: F401
 
 import pyattn
 from pyattn import features
@@ -22,21 +23,6 @@ BACKENDS = ["cpu", "array_api"]
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-@pytest.fixture(name="torch")
-def _torch():
-    return pytest.importorskip("torch")
-
-
-def leaves(torch, *arrays):
-    return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]
-
-
-def close(got, wanted, name=""):
-    wanted = wanted.detach().numpy()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-11 * max(1, abs(wanted).max()),
-                               err_msg=name)
 
 
 def span_attention(torch, q, k, v, span, ramp, *, include_self):
