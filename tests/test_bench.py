@@ -980,3 +980,13 @@ def test_the_table_and_the_plot(monkeypatch, tmp_path):
     assert "planted / pyattn" in header
     plot([found], tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_feature_of_relu_is_near_its_kink():
+    """Where float32 and float64 might tell its sign apart, and so its gradient."""
+    row = linear_row("Performer, ReLU", 2048)
+    inputs, directions = row.inputs(), row.projection().astype(np.float64)
+    for name in "qk":
+        products = inputs[name].astype(np.float64) @ directions.T
+        assert abs(products).min() >= 2.0**-8
+    assert inputs["v"].std() == pytest.approx(1, abs=0.01)
