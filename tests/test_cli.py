@@ -120,7 +120,7 @@ def test_show_config_refuses_another_mode():
 
 def test_warmup_compiles(capsys):
     assert cli.main(["warmup", "--dtype", "float32"]) == 0
-    assert capsys.readouterr().out.startswith("6 calls in ")
+    assert capsys.readouterr().out.startswith("10 calls in ")
 
 
 def picture(text):

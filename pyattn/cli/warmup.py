@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ def add(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "warmup", help="compile the usual kernels into the cache",
-        description="Run attention forward and backward on tiny arrays, dense and by content, "
+        description="Run attention forward and backward on tiny arrays, in all its kinds, "
                     "so that Numba compiles the CPU kernels and they are kept on disk; later "
                     "processes load them. PYATTN_CACHE_DIR says where; `pyattn info` shows it.")
     parser.add_argument("--dtype", action="append", choices=DTYPES,
@@ -84,19 +83,26 @@ def _attend(dtype: str, options: Any) -> None:
     saved.backward(out)
 
 
-def _nsa(dtype: str, **options: Any) -> None:
+def _heads(name: str, tokens: int, arrays: Callable[[Any], tuple[Any, ...]] = lambda x: (),
+           **options: Any) -> Callable[[str], None]:
+    """Return a call of a variant with further arrays, made from an array of ones (1, 2, N, 64)."""
+    def call(dtype: str) -> None:
+        import pyattn
+
+        x = _ones(dtype, tokens)
+        out, saved = getattr(pyattn, name).forward(x, x, x, *arrays(x), **options)
+        saved.backward(out)
+
+    return call
+
+
+def _convolve(dtype: str) -> None:
     import pyattn
 
-    x = _ones(dtype, 200)
-    out, saved = pyattn.nsa_attention.forward(x, x, x, x[..., :3], window=31, **options)
+    x = _ones(dtype, 70)[0, 0]
+    out, saved = pyattn.dynamic_convolution.forward(x, x[:, None, :7], causal=True)
     saved.backward(out)
-
-
-def _top_k(dtype: str) -> None:
-    import pyattn
-
-    x = _ones(dtype, 70)
-    out, saved = pyattn.top_k_attention.forward(x, x, x, top=8)
+    out, saved = pyattn.layers.conv1d.forward(x, x[:3], causal=True)
     saved.backward(out)
 
 
@@ -104,8 +110,16 @@ _CALLS: dict[str, Callable[[str], None]] = {
     "plain": lambda dtype: _attend(dtype, dict),
     "causal": lambda dtype: _attend(dtype, lambda: {"causal": True}),
     "terms": lambda dtype: _attend(dtype, _terms),
-    "blocks listed": functools.partial(_nsa, num_selected=4),
-    "clusters": functools.partial(_nsa, mode="kmeans", tree=True, num_selected=8),
-    "keys listed": _top_k,
+    "blocks listed": _heads("nsa_attention", 200, lambda x: (x[..., :3],), window=31,
+                            num_selected=4),
+    "clusters": _heads("nsa_attention", 200, lambda x: (x[..., :3],), window=31, mode="kmeans",
+                       tree=True, num_selected=8),
+    "keys listed": _heads("top_k_attention", 70, top=8),
+    "sums over keys": _heads("performer_attention", 70, causal=True, num_features=64, rng=0),
+    "additive scores": _heads("additive_attention", 70,
+                              lambda x: (x[0, 0, :64], x[0, 0, :64], x[0, 0, 0])),
+    "talking heads": _heads("talking_heads_attention", 70,
+                            lambda x: (x[0, 0, :2, :2], x[0, 0, :2, :2])),
+    "convolution": _convolve,
 }
 """Each brings kernels that those before it have not."""
