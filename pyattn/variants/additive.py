@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, masks
+from .. import arrays
 from ..arrays import Array
 from ..checks import DtypeError, ShapeError, require_choice
 from ..differentiable import Saved, differentiable, gradients
 from ..engines import additive as engine
 from ..engines.additive import AdditiveSaved
-
-CAUSAL = masks.causal()
+from .attention import CAUSAL, intersected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +135,7 @@ def additive_attention(q: Array, k: Array, v: Array, w_q: Array, w_k: Array, w_s
     causal = require_choice("causal", causal, (False, True, "top_left"))
     _check(**named)
     if causal is not False:
-        if mask is not None and not isinstance(mask, masks.Mask):
-            mask = masks.dense(arrays.to_host(mask))
-        mask = CAUSAL if mask is None else mask & CAUSAL
+        mask = intersected(mask, CAUSAL)
     acc, heads = arrays.accumulator(xp, q), q.shape[-3]
     a, c = _projected(xp, q, w_q, acc), _projected(xp, k, w_k, acc)
     if b is not None:

@@ -178,7 +178,7 @@ def attend(q: Array, k: Array, v: Array, *, mask: Any = None, causal: bool | str
     """
     causal = require_choice("causal", causal, (False, True, "top_left"))
     if causal is not False or window is not None:
-        mask = _with(mask, _pattern(causal, window))
+        mask = intersected(mask, _pattern(causal, window))
     if alibi_slopes is not None:
         arrays.require_float("alibi_slopes", alibi_slopes)
         require_broadcast("alibi_slopes", alibi_slopes.shape, tuple(q.shape[-3:-2]), "(H,)")
@@ -217,7 +217,8 @@ def _window(left: int | None, right: int | None) -> masks.Mask:
     return masks.window(left, right)
 
 
-def _with(mask: Any, pattern: masks.Mask) -> masks.Mask:
+def intersected(mask: Any, pattern: masks.Mask) -> masks.Mask:
+    """Return what a pattern allows and `mask`, too: a Mask, a boolean array, or None."""
     if mask is None:
         return pattern
     if not isinstance(mask, masks.Mask):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from typing import Any
 
-from .. import arrays, masks
+from .. import masks
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_integer
 from ..differentiable import differentiable
-from .attention import attention
+from .attention import attention, intersected
 
 
 @differentiable
@@ -83,8 +83,5 @@ def cross_modal_attention(q: Array, k: Array, v: Array, *, modality_lengths: Seq
         raise ShapeError(f"modality_lengths must add up to the tokens of q and of k; {lengths} add "
                          f"up to {sum(lengths)}, q is {tuple(q.shape)}, k is {tuple(k.shape)}")
     if interactive:
-        others = ~masks.segments(lengths)
-        if mask is not None and not isinstance(mask, masks.Mask):
-            mask = masks.dense(arrays.to_host(mask))
-        mask = others if mask is None else others & mask
+        mask = intersected(mask, ~masks.segments(lengths))
     return attention.forward(q, k, v, mask=mask, **options)

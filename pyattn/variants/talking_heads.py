@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import arrays, masks
 from ..arrays import Array
 from ..checks import require_choice
 from ..differentiable import differentiable
 from ..engines import talking_heads
 from ..engines.talking_heads import TalkingHeadsSaved
-
-CAUSAL = masks.causal()
+from .attention import CAUSAL, intersected
 
 
 @differentiable
@@ -99,9 +97,7 @@ def talking_heads_attention(q: Array, k: Array, v: Array, w_pre: Array, w_post: 
     """
     causal = require_choice("causal", causal, (False, True, "top_left"))
     if causal is not False:
-        if mask is not None and not isinstance(mask, masks.Mask):
-            mask = masks.dense(arrays.to_host(mask))
-        mask = CAUSAL if mask is None else mask & CAUSAL
+        mask = intersected(mask, CAUSAL)
     return talking_heads.forward(
         q, k, v, w_pre, w_post, b_pre, b_post, scale=scale, mask=mask, q_lengths=q_lengths,
         kv_lengths=kv_lengths, alignment="top_left" if causal == "top_left" else "bottom_right")

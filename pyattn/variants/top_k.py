@@ -27,8 +27,7 @@ from ..engines.placement import place
 from ..engines.selection import select_keys
 from ..engines.softmax import require_operands
 from ..masks.algebra import host_array
-
-CAUSAL = masks.causal()
+from .attention import CAUSAL, intersected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +160,9 @@ def top_k_attention(q: Array, k: Array, v: Array, *, top: int, threshold: float 
 
 def _mask(mask: Any, causal: bool | str, rows: tuple[int, ...]) -> masks.Mask:
     """What may be selected."""
-    if mask is None:
-        return masks.full() if causal is False else CAUSAL
-    if not isinstance(mask, masks.Mask):
-        mask = masks.dense(arrays.to_host(mask))
-    require_broadcast("the leading axes of mask", mask.lead, rows, "(..., H)")
-    return mask if causal is False else mask & CAUSAL
+    allowed = intersected(mask, masks.full() if causal is False else CAUSAL)
+    require_broadcast("the leading axes of mask", allowed.lead, rows, "(..., H)")
+    return allowed
 
 
 def _given(decisions: dict[str, Any] | None, rows: tuple[int, ...], m: int) -> np.ndarray | None:
