@@ -21,8 +21,8 @@ from .precision import cast_like, require_same_shape, widened
 ROWS = 2**9
 """So many tokens are normalised at a time on the host, where they stay in the cache."""
 
-LARGE = 2.0**50
-"""Squares of larger numbers might not be representable in float32, nor their sums."""
+LARGE = 2.0**100
+"""Sums of squares up to this, and down to its inverse, are far from what float32 cannot hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +71,32 @@ def unit_length(x: Array) -> tuple[Array, UnitLengthSaved]:
 
 def _unit(xp: Any, x: Array) -> tuple[Array, Array]:
     """Return y, and by what small changes of x are multiplied."""
-    largest = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[-1] else x
-    size = xp.where(largest > 0, largest, xp.ones_like(largest))
-    x = x / size
-    length = xp.sqrt(xp.vecdot(x, x))[..., None]
-    rate = 1 / xp.where(largest == 0, xp.ones_like(length), length)
-    return x * rate, xp.where(largest == 0, xp.zeros_like(rate), rate / size)
+    x, square, size = _measured(xp, x, lambda x: (x, xp.vecdot(x, x)[..., None]),
+                                lambda square: (square > 1 / LARGE) & (square < LARGE))
+    rate = _inverse_root(xp, square)
+    return x * rate, rate if size is None else rate / size
+
+
+def _measured(xp: Any, x: Array, measure: Callable[..., tuple[Array, Array]],
+              common: Callable[..., Array]) -> tuple[Array, Array, Array | None]:
+    """Return what `measure` does, the second a mean or sum of squares, and what divided x for it.
+
+    That is 1 for tokens whose squares are of `common` size, so that what becomes of a token is its
+    own affair, and None where NumPy's tokens all are.
+    """
+    measured, square = measure(x)
+    fits = common(square)
+    if type(x) is np.ndarray and fits.all():
+        return measured, square, None
+    largest = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[-1] else xp.zeros_like(square)
+    size = xp.where(fits | (largest == 0), xp.ones_like(square), largest)
+    return *measure(x / size), size
+
+
+def _inverse_root(xp: Any, square: Array) -> Array:
+    """Return square^(-1/2), 0 where there is none."""
+    some = square != 0
+    return xp.where(some, 1 / xp.sqrt(xp.where(some, square, xp.ones_like(square))), square)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +152,13 @@ def standardise(x: Array, *, eps: float = 1e-5) -> tuple[Array, StandardiseSaved
 
 def _standard(xp: Any, x: Array, eps: float) -> tuple[Array, Array]:
     """Return y, and by what small changes of x are multiplied."""
-    largest = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[-1] else x
-    size = xp.where(largest > LARGE, largest, xp.ones_like(largest))
-    x = x / size
-    centred = x - _mean(xp, x)
-    variance = _mean(xp, centred, centred) + eps / size / size
-    some = variance != 0
-    rate = 1 / xp.sqrt(xp.where(some, variance, xp.ones_like(variance)))
-    return centred * rate, xp.where(some, rate / size, xp.zeros_like(rate))
+    def measure(x: Array) -> tuple[Array, Array]:
+        centred = x - _mean(xp, x)
+        return centred, _mean(xp, centred, centred)
+
+    centred, variance, size = _measured(xp, x, measure, lambda variance: variance < LARGE)
+    rate = _inverse_root(xp, variance + (eps if size is None else eps / size / size))
+    return centred * rate, rate if size is None else rate / size
 
 
 def _mean(xp: Any, x: Array, y: Array | None = None) -> Array:
