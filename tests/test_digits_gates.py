@@ -30,7 +30,11 @@ def test_the_network_s_gradient(kind):
 
 @pytest.mark.slow
 def test_all_kinds_learn_the_digits(record_property):
-    """Which is best is told, not asserted: seeds differ by nearly as much."""
+    """Which is best is told, not asserted: seeds differ by nearly as much.
+
+    The bound was chosen when the figures were known, 0.887 to 0.912: it tells learning from not
+    learning, and no more.
+    """
     for kind in digits_gates.KINDS:
         found = digits_gates.accuracy(kind, seed=0)
         record_property(kind, found)
