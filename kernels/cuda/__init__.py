@@ -1,0 +1,1 @@
+"""CUDA C++ kernels: sources (`*.cu`, `*.cuh`), their compilation and their launches."""
