@@ -1,1 +1,1 @@
-"""CUDA C++ kernels for CuPy arrays, compiled at run time."""
+"""CUDA C++ kernels: sources (`*.cu`, `*.cuh`), their compilation and their launches."""
