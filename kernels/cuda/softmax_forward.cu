@@ -24,10 +24,10 @@ enum {
 struct ForwardArguments {
     Problem problem;
     Operand out;
-    Sum* wide_out;          // (splits, batch, heads, n, e) where not 0: instead of out
+    Sum* wide_out;          // (splits, batch, heads, n, width) where not 0: instead of out
     Sum* lse;               // (splits, batch, heads, n)
     const Sum* sinks;       // (heads,), or 0
-    int splits, tiles_of_split;
+    int splits, tiles_of_split, width;
 };
 
 struct Row {
@@ -173,7 +173,7 @@ DEVICE void finish(const ForwardArguments& a, const Block& block, State& x, int 
             if (pair_of_lane() == 0)
                 a.lse[apart + place] = lse;
             if (a.wide_out)
-                store_wide_row(a.wide_out + (apart + place) * p.e, x.sums[s], 2 * h, share, p.e);
+                store_wide_row(a.wide_out + (apart + place) * a.width, x.sums[s], 2 * h, share, p.e);
             else
                 store_row(a.out.head(block.batch, row.head) + row.query * a.out.n, x.sums[s], 2 * h,
                           share, p.e);

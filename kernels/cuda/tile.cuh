@@ -113,21 +113,24 @@ DEVICE void multiply_weights(Sum (&c)[ROW_SLICES][WIDTH / 8][4],
     }
 }
 
+DEVICE void store_pair(Stored* to, Sum x, Sum y) {
+#if ELEMENT <= BF16
+    *(u32*)to = pack(x, y);
+#else
+    to[0] = x;
+    to[1] = y;
+#endif
+}
+
 // Writes a row of sums, of which this thread has columns 2 t and 2 t + 1 of each 8; `from` is 0 for
-// the thread's first row and 2 for the one 8 further.
+// the thread's first row and 2 for the one 8 further. Room is for an even number of columns.
 template<int TILES>
 DEVICE void store_row(Stored* to, const Sum (&c)[TILES][4], int from, Sum factor, int width) {
     UNROLL
     for (int i = 0; i < TILES; i++) {
         const int column = 8 * i + 2 * pair_of_lane();
-        if (column >= width)
-            break;
-#if ELEMENT <= BF16
-        *(u32*)(to + column) = pack(c[i][from] * factor, c[i][from + 1] * factor);
-#else
-        to[column] = c[i][from] * factor;
-        to[column + 1] = c[i][from + 1] * factor;
-#endif
+        if (column < width)
+            store_pair(to + column, c[i][from] * factor, c[i][from + 1] * factor);
     }
 }
 
@@ -136,9 +139,9 @@ DEVICE void store_wide_row(Sum* to, const Sum (&c)[TILES][4], int from, Sum fact
     UNROLL
     for (int i = 0; i < TILES; i++) {
         const int column = 8 * i + 2 * pair_of_lane();
-        if (column >= width)
-            break;
-        to[column] = c[i][from] * factor;
-        to[column + 1] = c[i][from + 1] * factor;
+        if (column < width) {
+            to[column] = c[i][from] * factor;
+            to[column + 1] = c[i][from + 1] * factor;
+        }
     }
 }
