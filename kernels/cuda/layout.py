@@ -65,23 +65,45 @@ def sum_type(name: str) -> str:
 def readable(device: Device, x: Array) -> Array:
     """Return `x` (..., width) as kernels read it: a copy only if its strides or address forbid.
 
-    The copy's rows have room up to a multiple of 16 bytes; what lies there is never read.
+    The copy's rows have zeros up to a multiple of 16 bytes, which kernels read along.
     """
     steps = [stride for stride, size in zip(x.strides[:-1], x.shape[:-1], strict=True) if size > 1]
     fits = x.shape[-1] == 1 or x.strides[-1] == x.itemsize
     if fits and not any(step % CHUNK_BYTES for step in (*steps, device.address(x),
                                                         x.shape[-1] * x.itemsize)):
         return x
-    copy = roomy(device, x.shape, x.dtype)
-    copy[...] = x
-    return copy
+    copy = device.zeros((*x.shape[:-1], roomy_width(x.shape[-1], x.dtype)), x.dtype)
+    copy[..., :x.shape[-1]] = x
+    return copy[..., :x.shape[-1]]
 
 
 def roomy(device: Device, shape: tuple[int, ...], dtype: Any) -> Array:
     """Return an empty array whose rows have room up to a multiple of 16 bytes."""
+    return device.empty((*shape[:-1], roomy_width(shape[-1], dtype)), dtype)[..., :shape[-1]]
+
+
+def roomy_width(width: int, dtype: Any) -> int:
+    """Return `width` rounded up to a multiple of 16 bytes."""
     chunk = CHUNK_BYTES // np.dtype(dtype).itemsize
-    width = -(-shape[-1] // chunk) * chunk
-    return device.empty((*shape[:-1], width), dtype)[..., :shape[-1]]
+    return -(-width // chunk) * chunk
+
+
+class Keeper:
+    """A device, and the arrays whose addresses a launch was given: they must outlive it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self._kept = device, list[Array]()
+
+    def address(self, x: Array | None) -> int:
+        """Return where `x` is; 0 for None."""
+        if x is None:
+            return 0
+        self._kept.append(x)
+        return self.device.address(x)
+
+    def constant(self, x: np.ndarray, dtype: Any = np.int32) -> int:
+        """Return where a copy of a host array is."""
+        return self.address(self.device.constant(np.ascontiguousarray(x, dtype)))
 
 
 def operand(device: Device, x: Array) -> tuple[int, int, int, int]:
@@ -90,12 +112,11 @@ def operand(device: Device, x: Array) -> tuple[int, int, int, int]:
             *(stride // x.itemsize for stride in x.strides[:3]))
 
 
-def term(device: Device, x: Array, item: np.ndarray) -> tuple[int, ...]:
+def term(keep: Keeper, x: Array, item: np.ndarray) -> tuple[int, ...]:
     """Return the term of an array (b, h, n, m): axes that it broadcasts along have no stride."""
     strides = (0 if size == 1 else stride // x.itemsize
                for size, stride in zip(x.shape[1:], x.strides[1:], strict=True))
-    return (device.address(x), device.address(device.constant(np.ascontiguousarray(item, np.int32))),
-            x.strides[0] // x.itemsize, *strides)
+    return keep.address(x), keep.constant(item), x.strides[0] // x.itemsize, *strides
 
 
 def as_sums(x: Array, name: str) -> Array:
@@ -108,15 +129,15 @@ _lists: weakref.WeakKeyDictionary[Any, dict[Any, tuple[tuple[int, ...], tuple[Ar
     weakref.WeakKeyDictionary())
 
 
-def lists(device: Device, blocks: Any, layout: np.ndarray, rows: int,
+def lists(keep: Keeper, blocks: Any, layout: np.ndarray, rows: int,
           transposed: bool = False) -> tuple[int, ...]:
     """Return the LISTS of a BlockMask with lines of `rows` tiles; its arrays stay on the device."""
     known = _lists.setdefault(blocks, {})
+    device = keep.device
     key = (device, rows, transposed)
     if key not in known:
         walk: Walk = coarse(blocks, rows=rows, columns=1, transposed=transposed)
         arrays = tuple(device.constant(x) for x in walk)
         known[key] = tuple(device.address(x) for x in arrays), arrays
     addresses, arrays = known[key]
-    own = device.address(device.constant(np.ascontiguousarray(layout, np.int32)))
-    return (*addresses, own, arrays[0].shape[1] - 1)
+    return (*addresses, keep.constant(layout), arrays[0].shape[1] - 1)

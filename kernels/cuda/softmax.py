@@ -20,6 +20,7 @@ from .layout import (
     ELEMENTS,
     OPERAND,
     TILE,
+    Keeper,
     as_sums,
     fields,
     lists,
@@ -136,30 +137,19 @@ def simple_kernel(name: str, file: str) -> Kernel:
                   128)
 
 
-class Call:
+class Call(Keeper):
     """A problem as launches need it: device, dtype, and arrays that kernels can read."""
 
     def __init__(self, p: Any) -> None:
-        self.p, self.device, self.name = p, devices.of(p.q), dtype_name(p.q)
+        super().__init__(devices.of(p.q))
+        self.p, self.name = p, dtype_name(p.q)
         self.sums = sum_type(self.name)
         self.batch, self.heads, self.n, self.d = p.q.shape
         _, self.groups, self.m, self.e = p.v.shape
         self.q, self.k, self.v = (readable(self.device, x) for x in (p.q, p.k, p.v))
         self.structs = structs(self.sums)
-        self.kept: list[Array] = []
         self.terms = ALL_TERMS if getattr(self.device, "generic", False) and terms_of(p) else (
             terms_of(p))
-
-    def address(self, x: Array | None) -> int:
-        """Return where `x` is, which this object then keeps; 0 for None."""
-        if x is None:
-            return 0
-        self.kept.append(x)
-        return self.device.address(x)
-
-    def constant(self, x: np.ndarray, dtype: Any = np.int32) -> int:
-        """Return where a copy of a host array is."""
-        return self.device.address(self.device.constant(np.ascontiguousarray(x, dtype)))
 
     def problem(self, rows: int, transposed: bool = False) -> np.ndarray:
         """Return the problem's struct; lines of the mask have `rows` tiles."""
@@ -167,7 +157,7 @@ class Call:
         record = np.zeros((), self.structs["problem"])
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             record[name] = operand(self.device, x)
-        record["lists"] = lists(self.device, p.blocks, p.layout, rows, transposed)
+        record["lists"] = lists(self, p.blocks, p.layout, rows, transposed)
         record["q_lengths"] = self.constant(p.q_lengths)
         record["kv_lengths"] = self.constant(p.kv_lengths)
         for name in ("batch", "heads", "groups", "n", "m", "d", "e"):
@@ -184,9 +174,7 @@ class Call:
         record["gate_block"] = 1
         for name, given in (("bias", p.bias), ("gate", p.gate)):
             if given is not None:
-                array = as_sums(given.array, self.name)
-                self.kept.append(array)
-                record[name] = term(self.device, array, given.item)
+                record[name] = term(self, as_sums(given.array, self.name), given.item)
         if p.gate is not None:
             form = p.gate_form
             record["gate_block"], record["gate_shift"] = form.block, form.shift
@@ -255,7 +243,7 @@ def forward(problem: Any) -> tuple[Array, Array]:
             arguments["lse"] = device.address(lse)
             arguments["sinks"] = call.address(sinks)
         device.launch(kernel(call.name, "softmax_forward", tiling, rounded(call.d), chunk,
-                             call.terms, PACKED=packed),
+                             call.terms, PACKED=int(packed)),
                       (call.batch * lines, splits, 1), arguments,
                       forward_shared(call.name, tiling, rounded(call.d), chunk))
     if splits > 1:

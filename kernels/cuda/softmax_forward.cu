@@ -157,12 +157,12 @@ DEVICE void finish(const ForwardArguments& a, const Block& block, State& x, int 
             const int heads_here = PACKED ? p.heads / p.groups : 1;
             if (row.head >= block.head + heads_here || row.query >= p.n)
                 continue;
-            Sum unit = p.scores.scale[row.head] * LOG2_E;
-            if (TERMS || !(unit > 0))
-                unit = 1;
+            const Sum scale = p.scores.scale[row.head];
+            // in units of what the largest score is told
+            const Sum unit = TERMS || !(scale * LOG2_E > 0) ? LN_2 : scale;
             const bool seen = row.live && total != 0;
             Sum share = seen ? 1 / total : Sum(0);
-            Sum lse = seen ? (x.largest[s][h] * unit + log_2(total)) * LN_2 : -INFINITE;
+            Sum lse = seen ? x.largest[s][h] * unit + log_2(total) * LN_2 : -INFINITE;
             const i64 place = (i64(block.batch) * p.heads + row.head) * p.n + row.query;
             const i64 apart = split * i64(p.batch) * p.heads * p.n;
             if (a.sinks) {
