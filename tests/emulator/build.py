@@ -1,4 +1,4 @@
-"""Kernels' text compiled by g++ for the emulator, kept on disk by all that the result depends on."""
+"""Kernels' text compiled by g++ for the emulator, kept on disk by all that results depend on."""
 
 from __future__ import annotations
 
@@ -47,14 +47,24 @@ def cache() -> Path:
 
 @functools.cache
 def _surroundings() -> str:
-    """What every result depends on: the emulator, the compiler, and what "native" means."""
+    """What every result depends on: the compiler, and what "native" means."""
     version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True,
                              check=True).stdout
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.is_file() else []
     native = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    files = [path.read_text() for path in sorted(HERE.glob("*.[ch]pp"))]
-    return "\0".join([version, native, *files])
+    return version + native
+
+
+def _with_headers(source: str) -> str:
+    """The source and behind it all of the emulator's headers that it includes."""
+    parts, met = [source], set()
+    for part in parts:
+        for name in re.findall(r'#include "([^"]+\.hpp)"', part):
+            if name not in met:
+                met.add(name)
+                parts.append((HERE / name).read_text())
+    return "\0".join(parts)
 
 
 def build(file: str, name: str, macros: Iterable[tuple[str, str | int]] = (), *,
@@ -78,8 +88,8 @@ def _core(sanitize: bool) -> list[Path]:
 
 
 def _cached(name: str, suffix: str, source: str, flags: list[str], how: list[str]) -> Path:
-    key = hashlib.sha256("\0".join([_surroundings(), source, *flags]).encode()).hexdigest()
-    made = cache() / f"{name}-{key[:24]}{suffix}"
+    key = "\0".join([_surroundings(), _with_headers(source), *flags])
+    made = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
     if made.is_file():
         return made
     made.parent.mkdir(parents=True, exist_ok=True)

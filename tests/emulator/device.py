@@ -27,6 +27,7 @@ except ImportError:
 # in the order of EMULATOR_STATISTICS
 STATISTICS = ("mma", "matrix_loads", "matrix_conflicts", "access_conflicts", "accesses", "copies",
               "barriers", "collectives", "switches", "wgmma", "tma")
+ADDRESS_IN_TENSOR_MAP = 8     # in the emulator's own ones
 GUARDS = {None: 0, "end": 1, "start": 2}
 
 
@@ -49,12 +50,14 @@ class _Options(ctypes.Structure):
 
 
 def pointers(dtype, offset=0, name=""):
-    """The (offset, name) of each address in a structure: fields of 8 unsigned bytes."""
+    """The (offset, name) of each address: in fields of uint64, and in tensor maps, V128."""
     if dtype.subdtype is not None:
         inner, shape = dtype.subdtype
         return [pointer for i in range(int(np.prod(shape)))
                 for pointer in pointers(inner, offset + i * inner.itemsize, f"{name}[{i}]")]
     if dtype.names is None:
+        if dtype == np.dtype("V128"):
+            return [(offset + ADDRESS_IN_TENSOR_MAP, name)]
         return [(offset, name)] if dtype == np.uint64 else []
     return [pointer for field in dtype.names for pointer in
             pointers(dtype.fields[field][0], offset + dtype.fields[field][1],

@@ -16,6 +16,8 @@ std::vector<Warp> warps;
 u8* shared;
 Clocks clocks;
 Thread* current;
+void (*on_block)();
+void (*on_store)(u32 address, u32 bytes);
 
 static std::vector<u8> shared_memory;
 static std::vector<u8> written;  // of each 16 bytes of shared memory, which pairs
@@ -25,7 +27,7 @@ static Stacks stacks;
 static Fiber scheduler;
 static std::string finding;
 static std::deque<std::function<void()>> agents;
-static int actor_count;  // beside the threads
+static int agent_count;
 static std::vector<Region> regions;
 
 struct Stop {};  // thrown where a finding ends the scheduler's own work, or an agent's
@@ -201,10 +203,6 @@ static __attribute__((noinline)) void pause_spinning(Site site) {
 
 // ---- shared memory
 
-static u32 cell_of(u32 address) {
-    return (address - SHARED_BASE) / Shadow::CELL_BYTES;
-}
-
 // The pairs of bytes, of the 16 around them, that [address, address + bytes) has.
 static u8 pairs_of(u32 address, u32 bytes) {
     return u8(((1u << (bytes / 2)) - 1) << (address % Shadow::CELL_BYTES / 2));
@@ -281,6 +279,9 @@ void access_shared(u32 address, u32 bytes, Access access, Site site) {
     }
     check_place(address, bytes, site);
     note_shared(address, bytes, access, current->index, site);
+    if (access == Access::WRITE && on_store != nullptr) {
+        on_store(address, bytes);
+    }
     if (options.conflicts) {
         conflict_counter.note(current->index, SiteNumber::of(site), address, bytes,
                               access != Access::READ);
@@ -502,14 +503,14 @@ void join_members(Meeting& meeting, int size) {
 
 // ---- launches
 
-int add_actors(int count) {
-    const int first = actor_count;
-    actor_count += count;
-    return first;
+int add_agents(int count) {
+    agent_count += count;
+    return count;
 }
 
 void start_agent(std::function<void()> work) {
-    agents.push_back(std::move(work));
+    const size_t place = options.seed == 0 ? agents.size() : random_number() % (agents.size() + 1);
+    agents.insert(agents.begin() + place, std::move(work));
 }
 
 static void (*run_kernel)(const void* arguments);
@@ -544,12 +545,15 @@ static void start_block(uint3 index) {
     written.assign((block.shared_bytes + 15) / 16, 0);
     shadow.reset(block.shared_bytes);
     if (options.races) {
-        clocks.reset(block.threads + actor_count);
+        clocks.reset(block.threads + agent_count);
     }
     if (options.conflicts) {
         conflict_counter.reset(block.threads);
     }
     agents.clear();
+    if (on_block != nullptr) {
+        on_block();
+    }
     ready.clear();
     threads.resize(block.threads);
     warps.resize(block.threads / WARP);

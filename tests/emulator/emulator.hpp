@@ -8,10 +8,10 @@
 //
 // More primitives are built on these parts:
 //   wait_for, wake             a thread sleeps until another one, or an agent, wakes it
-//   start_agent                work beside the threads: runs when no thread can, or by chance
+//   start_agent                work beside the threads
 //   meet, join_members         threads that do something together: a warp, or 128 threads
-//   clocks                     what one knows is handed on by release and acquire; actors beside
-//                              the threads (add_actors, actor) start from what a thread knows: fork
+//   clocks                     what one knows is handed on by release and acquire; agents have
+//                              clocks, too (add_agents), and start from what a thread knows: fork
 //   check_place, note_shared   judge an access to shared memory by any actor
 //   note_flight, note_landing  bytes that something is copied to, between issue and arrival
 //   fail_here                  report a finding
@@ -177,7 +177,6 @@ std::string name_of(int actor);
 // The current thread sleeps until somebody wakes it.
 void wait_for(const Waiting& waiting);
 void wake(Thread* thread);
-void start_agent(std::function<void()> work);
 u32 random_number();
 
 // Threads synchronised: what they spin for may have changed.
@@ -187,6 +186,11 @@ void note_progress();
 
 static inline u8* shared_bytes_at(u32 address) {
     return shared + (address - SHARED_BASE);
+}
+
+// The number of the 16 bytes that hold `address`.
+static inline u32 cell_of(u32 address) {
+    return (address - SHARED_BASE) / Shadow::CELL_BYTES;
 }
 
 // [address, address + bytes) is the block's, at a multiple of bytes: 2, 4, 8 or 16.
@@ -203,13 +207,17 @@ void access_shared(u32 address, u32 bytes, Access access, Site site);
 
 // ---- actors beside the threads
 
-// So many actors more have clocks; to be called when a library is loaded. Their numbers, as
-// `actor(first)` and on, start behind those of the block's threads. Returns `first`.
-int add_actors(int count);
+// So many agents more have clocks; to be called when a library is loaded. Agents are actors whose
+// numbers start at block.threads. Returns `count`.
+int add_agents(int count);
 
-static inline int actor(int number) {
-    return block.threads + number;
-}
+// Work that goes on beside the threads: it is done when no thread can run, or by chance before, and
+// then not in the order of its start.
+void start_agent(std::function<void()> work);
+
+// What primitives built on this do at each start of a block, and at each ordinary store.
+extern void (*on_block)();
+extern void (*on_store)(u32 address, u32 bytes);
 
 // ---- copies beside the threads
 
