@@ -17,7 +17,7 @@ from pyattn.kernels.cuda.compile import text
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-g1", "-march=native", "-w", "-fPIC", "-fvisibility=hidden",
-         "-fno-gnu-unique", "-fno-strict-aliasing")
+         "-fno-gnu-unique", "-fno-strict-aliasing", "-fstack-clash-protection")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer")
 
 # What a kernel is entered by; its own text knows nothing of the emulator.
@@ -68,21 +68,22 @@ def _with_headers(source: str) -> str:
 
 
 def build(file: str, name: str, macros: Iterable[tuple[str, str | int]] = (), *,
-          folders: Iterable[str | Path] = (), sanitize: bool = False) -> Path:
+          folders: Iterable[str | Path] = (), flags: Iterable[str] = ()) -> Path:
     """Return the shared library of the kernel `name` in `file`.
 
-    `folders` are looked into for sources before this one and that of the package.
+    `folders` are looked into for sources before this one and that of the package. `flags` are for
+    the compiler: SANITIZE, or EMULATOR_UCONTEXT as a macro where fibers are to be the C library's.
     """
     source = text(file, [*folders, HERE]) + ENTRY.format(name=name)
-    flags = [*FLAGS, *(SANITIZE if sanitize else ())]
-    flags += [f"-D{key}={value}" for key, value in macros]
-    return _cached(name, ".so", source, flags, [
-        "-shared", "-x", "c++", "-", "-x", "none", *map(str, _core(sanitize)), "-ldl", "-lrt"])
+    flags = [*FLAGS, *flags]
+    own_flags = flags + [f"-D{key}={value}" for key, value in macros]
+    core = [str(path) for path in _core(flags)]
+    return _cached(name, ".so", source, own_flags, [
+        "-shared", "-x", "c++", "-", "-x", "none", *core, "-ldl", "-lrt"])
 
 
-def _core(sanitize: bool) -> list[Path]:
+def _core(flags: list[str]) -> list[Path]:
     """The emulator's own objects, which all kernels share."""
-    flags = [*FLAGS, *(SANITIZE if sanitize else ())]
     return [_cached(path.stem, ".o", path.read_text(), flags, ["-c", "-x", "c++", "-"])
             for path in sorted(HERE.glob("*.cpp"))]
 

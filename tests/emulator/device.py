@@ -6,23 +6,10 @@ import ctypes
 import re
 import threading
 import weakref
-from dataclasses import dataclass
 
 import numpy as np
 
 from .build import build, line_of, load
-
-try:
-    from pyattn.kernels.cuda.device import Kernel
-except ImportError:
-    @dataclass(frozen=True)
-    class Kernel:
-        """A stand-in until the package has its own."""
-
-        file: str
-        name: str
-        macros: tuple[tuple[str, str | int], ...] = ()
-        threads: int = 128
 
 # in the order of EMULATOR_STATISTICS
 STATISTICS = ("mma", "matrix_loads", "matrix_conflicts", "access_conflicts", "accesses", "copies",
@@ -94,6 +81,10 @@ class LiveArrays:
 class EmulatedDevice:
     """Executes kernels on NumPy arrays, and raises EmulatorError for what they do wrong.
 
+    folders
+        Where sources are looked for, before those of the package.
+    flags
+        What the compiler is told beyond build.FLAGS.
     seed : int
         Order of threads and of blocks: 0 as they are numbered, others shuffled.
     races : bool
@@ -113,10 +104,10 @@ class EmulatedDevice:
     multiprocessors = 4
     shared_memory = 227 * 1024
 
-    def __init__(self, array=None, *, capability=(8, 0), folders=(), sanitize=False):
+    def __init__(self, array=None, *, capability=(8, 0), folders=(), flags=()):
         self.capability = capability
         self.folders = tuple(folders)
-        self.sanitize = sanitize
+        self.flags = tuple(flags)
         self.seed = 0
         self.races = True
         self.uninitialised = False
@@ -142,7 +133,7 @@ class EmulatedDevice:
         library = self._libraries.get(kernel)
         if library is None:
             library = build(kernel.file, kernel.name, kernel.macros, folders=self.folders,
-                            sanitize=self.sanitize)
+                            flags=self.flags)
             self._libraries[kernel] = library
         arguments = np.ascontiguousarray(arguments).reshape(1)
         options, _kept = self._options(arguments)
