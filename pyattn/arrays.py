@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,6 +78,17 @@ def require_same_device(named: dict[str, Array]) -> None:
     if len({str(device) for device in devices.values()}) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise BackendError(f"all arrays must be on one device; got {where}")
+
+
+def require_current_device(x: Array) -> None:
+    """Raise BackendError if `x` is a CuPy array on another GPU than CuPy's current one."""
+    if library(x) != "cupy":
+        return
+    current = sys.modules["cupy"].cuda.runtime.getDevice()
+    if x.device.id != current:
+        raise BackendError(f"arrays must be on the current device; got arrays on CUDA device "
+                           f"{x.device.id}, and {current} is current: call inside `with "
+                           f"cupy.cuda.Device({x.device.id}):`")
 
 
 def require_float(name: str, x: Array) -> str:
