@@ -209,7 +209,7 @@ DEVICE void weigh(float (&scores)[STEP / 2], State& state, float unit) {
     }
 }
 
-DEVICE void round(u32 (&weights)[STEP / 16][4], const float (&scores)[STEP / 2]) {
+DEVICE void round_weights(u32 (&weights)[STEP / 16][4], const float (&scores)[STEP / 2]) {
     UNROLL
     for (int i = 0; i < STEP / 16; i++)
         UNROLL
@@ -343,7 +343,7 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
             hold(scores);
             release(at.k_empty + 8 * turn.stage);
             finish_scores(scores, state, step, bits, scale);
-            round(weights, scores);
+            round_weights(weights, scores);
 
             while (steps.next()) {
                 const Step before = step;
@@ -371,7 +371,7 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
                 if (before.inspected)
                     restore(sums, a, item, before, keys, shared + FOUND + 16 * turn_before.stage);
                 release(at.v_empty + 8 * turn_before.stage);
-                round(weights, scores);
+                round_weights(weights, scores);
                 shrink(sums, state);
             }
             release(at.q_empty);

@@ -14,6 +14,7 @@
 //   clocks.fork, add_agents    their own, which start from what a thread knows
 //   note_shared, check_place   judge an access to shared memory, by threads or agents
 //   fail                       report a finding
+//   on_block, on_store         called where a block begins, and for each store of a thread
 #pragma once
 
 #include <deque>
@@ -166,6 +167,9 @@ static Thread* current;  // null while the scheduler runs
 static std::string finding;
 static std::deque<std::function<void()>> agents;
 static int agent_count;  // actors beside the threads; set before launches by add_agents
+
+static void (*on_block)();
+static void (*on_store)(u32 address, u32 bytes);
 
 struct Stop {};  // thrown where a finding ends the scheduler's own work
 
@@ -424,6 +428,9 @@ static inline void access_shared(u32 address, u32 bytes, Access access, Site sit
     }
     check_place(address, bytes, site);
     note_shared(address, bytes, access, current->index, site);
+    if (on_store != nullptr && access == Access::WRITE) {
+        on_store(address, bytes);
+    }
     if (options.conflicts) {
         conflict_counter.note(current->index, SiteNumber::of(site), address, bytes,
                               access != Access::READ);
@@ -703,6 +710,9 @@ static void start_block(uint3 index) {
     }
     if (options.seed != 0) {
         ready.shuffle();
+    }
+    if (on_block != nullptr) {
+        on_block();
     }
 }
 
