@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from emulator import build
 from emulator.device import EmulatedDevice, EmulatorError
-
 from pyattn.kernels.cuda.compile import text
 from pyattn.kernels.cuda.device import Kernel
 
@@ -452,7 +451,6 @@ print("done")
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_address_sanitizer(tmp_path):
     """It knows the lines of what touches memory next to an array, in a build of its own."""
     library = subprocess.run([build.compiler(), "-print-file-name=libasan.so"], check=True,
