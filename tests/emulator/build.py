@@ -20,6 +20,8 @@ FLAGS = ("-std=c++17", "-O2", "-g1", "-march=native", "-w", "-fPIC", "-fvisibili
          "-fno-gnu-unique", "-fno-strict-aliasing", "-fstack-clash-protection")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer")
 
+HEADERS = '#include "emulator.hpp"\n#include "formats.hpp"\n'
+
 # What a kernel is entered by; its own text knows nothing of the emulator.
 ENTRY = """
 #line 1 "entry of {name}"
@@ -79,7 +81,20 @@ def build(file: str, name: str, macros: Iterable[tuple[str, str | int]] = (), *,
     own_flags = flags + [f"-D{key}={value}" for key, value in macros]
     core = [str(path) for path in _core(flags)]
     return _cached(name, ".so", source, own_flags, [
-        "-shared", "-x", "c++", "-", "-x", "none", *core, "-ldl", "-lrt"])
+        *_headers_at_once(flags), "-shared", "-x", "c++", "-", "-x", "none", *core, "-ldl", "-lrt"])
+
+
+def _headers_at_once(flags: list[str]) -> list[str]:
+    """Have the emulator's headers read from a form that g++ made of them: a third of the time."""
+    source = cache() / "headers.hpp"
+    if not source.is_file():
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text(HEADERS)
+    made = _cached("headers", ".hpp.gch", HEADERS, flags, ["-x", "c++-header", str(source)])
+    header = made.with_suffix("")
+    if not header.is_file():
+        header.write_text(HEADERS)    # what is read where that form does not fit
+    return ["-include", str(header)]
 
 
 def _core(flags: list[str]) -> list[Path]:

@@ -9,7 +9,6 @@ import threading
 import weakref
 
 import numpy as np
-
 from pyattn.kernels.cuda.device import encoded_tensor_map
 
 from .build import build, line_of, load
@@ -18,6 +17,7 @@ from .build import build, line_of, load
 STATISTICS = ("mma", "matrix_loads", "matrix_conflicts", "access_conflicts", "accesses", "copies",
               "barriers", "collectives", "switches", "wgmma", "tma")
 ADDRESS_IN_TENSOR_MAP = 8     # in the emulator's own ones
+_ONE_AT_A_TIME = threading.Lock()     # libraries have one state each
 GUARDS = {None: 0, "end": 1, "start": 2}
 
 
@@ -125,7 +125,6 @@ class EmulatedDevice:
         self.launches = []
         self._arrays = LiveArrays()
         self._libraries = {}
-        self._lock = threading.Lock()
 
     def launch(self, kernel, grid, arguments, shared):
         """Execute a kernel; what it counted is in `statistics`, summed over launches."""
@@ -144,7 +143,7 @@ class EmulatedDevice:
         options, _kept = self._options(arguments)
         message = ctypes.create_string_buffer(8192)
         counted = (ctypes.c_uint64 * len(STATISTICS))()
-        with self._lock:
+        with _ONE_AT_A_TIME:
             failed = getattr(load(library), f"emulate_{kernel.name}")(
                 ctypes.c_void_p(arguments.ctypes.data), ctypes.c_uint64(arguments.nbytes),
                 *map(ctypes.c_uint32, (x, y, z)), ctypes.c_uint32(kernel.threads),
@@ -224,7 +223,7 @@ class _Driver:
     MAGIC = 0x70616D726F736E74
 
     @staticmethod
-    def cuTensorMapEncodeTiled(place, kind, rank, address, sizes, strides, box, steps,  # noqa: N802
+    def cuTensorMapEncodeTiled(place, kind, rank, address, sizes, strides, box, steps,
                                interleave, swizzle, promotion, outside):
         assert (rank, interleave, swizzle, outside) == (4, 0, 3, 0)
         assert list(steps) == [1, 1, 1, 1]
