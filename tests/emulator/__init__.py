@@ -1,8 +1,8 @@
 """Executes the CUDA kernels' own text on the CPU, and judges what they do.
 
-`build.py` puts a kernel's text together with the host versions of its primitives (`primitives.cuh`,
-`build.py` puts a kernel's text together with its primitives' host versions (`primitives.cuh`,
-`hopper.cuh`), adds an entry, and has g++ make a library of it. `device.py` is the device that launch
+`build.py` puts a kernel's text together with the host versions of its primitives (primitives.cuh,
+hopper.cuh), adds an entry, and has g++ make a library of it. `device.py` is the device that launch
+code is given (the fixture `emulated`), so that the package's own Python code runs as it does on a
 GPU. What is judged, and how more primitives are added, is said at the top of `emulator.hpp`.
 
     with pyattn.use_backend("cuda"):            # in a test that takes the fixture `emulated`
