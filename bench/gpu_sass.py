@@ -1,9 +1,7 @@
-"""What CUDA kernels are compiled to, read from the machine code. No GPU is needed.
+"""``python -m bench.gpu_sass [WORD ...]``: the machine code of CUDA kernels. No GPU is needed.
 
-    python bench/gpu_sass.py [WORD ...]
-
-compiles every configuration that launch code can choose (those whose name has all the words), for
-every architecture that it is for, and prints registers, shared memory, what spills, and the
+It compiles every configuration that launch code can choose (those whose name has all the words),
+for every architecture that it is for, and prints registers, shared memory, what spills, and the
 instructions that matter. It takes CuPy, NVRTC, and NVIDIA's cuobjdump and nvdisasm:
 ``pip install cupy-cuda13x 'nvidia-cuda-nvrtc==13.0.*' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``.
 
@@ -30,9 +28,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pyattn.kernels import disk
 from pyattn.kernels.cuda import compile
