@@ -26,20 +26,34 @@ import numpy as np
 from .compile import cuda, device, kernel
 from .forward import row_sum
 from .pairs import pair_gradient, within
-from .tiles import add_scores, add_weighted, clear
+from .tiles import (
+    add_scores,
+    add_weighted,
+    aside,
+    clear,
+    place,
+    put,
+    put_aside,
+    set_aside,
+)
 from .tiling import MASK_TILE, Tiling
 
 
 @device
-def add_products(raw, dp, p, dout, b, h, g, i0, queries, j0, keys, left, right, depth, row, column,
-                 down, across):
-    """Compute the thread's part of q k^T and dout v^T."""
-    clear(raw)
-    add_scores(raw, p.q[b, h], p.k[b, g], i0, queries, j0, keys, left, right, depth, row, column,
+def products(total, ours, theirs, our_values, their_values, first, limit, start, stop, left, right,
+             tile, row, column, down, across):
+    """Compute q k^T into `tile` and dout v^T aside, each thread its own pairs.
+
+    Ours are the block's rows, from `first` on, theirs the columns, from `start` on.
+    """
+    clear(total)
+    add_scores(total, ours, theirs, first, limit, start, stop, left, right, row, column, down,
+               across)
+    put(tile, total, row, column, down, across)
+    clear(total)
+    add_scores(total, our_values, their_values, first, limit, start, stop, left, right, row, column,
                down, across)
-    clear(dp)
-    add_scores(dp, dout[b, h], p.v[b, g], i0, queries, j0, keys, left, right, depth, row, column,
-               down, across)
+    put_aside(left, right, total, row, column, down, across)
 
 
 @functools.cache
@@ -47,22 +61,22 @@ def delta(tiling: Tiling) -> Any:
     """Return the kernel for rowsum(dout * out) - dlse; a block for each tile of queries."""
     NUMBER = tiling.dtype
     ROWS, DOWN, ACROSS = tiling.rows, tiling.thread_rows, tiling.thread_columns
-    PADDED = ACROSS + 1
+    PADDED_ROWS = ROWS + 1
 
     @kernel
     def delta(rows, results):
-        sums = cuda.shared.array((ROWS, PADDED), NUMBER)
+        sums = cuda.shared.array((ACROSS, PADDED_ROWS), NUMBER)
         heads, n, width = rows.out.shape[1:]
         tiles = (n + ROWS - 1) // ROWS
         head, i0 = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * ROWS
         b, h = head // heads, head % heads
-        row, column = cuda.threadIdx.x // ACROSS, cuda.threadIdx.x % ACROSS
+        row, column = place(ACROSS)
         for r in range(row, ROWS, DOWN):
             total = NUMBER(0)
             if i0 + r < n:
                 for x in range(column, width, ACROSS):
                     total += NUMBER(rows.dout[b, h, i0 + r, x]) * NUMBER(rows.out[b, h, i0 + r, x])
-            sums[r, column] = total
+            sums[column, r] = total
         cuda.syncthreads()
         for r in range(cuda.threadIdx.x, ROWS, cuda.blockDim.x):
             i = i0 + r
@@ -84,18 +98,17 @@ def by_queries(tiling: Tiling) -> Any:
     ROWS, COLUMNS, SLAB = tiling.rows, tiling.columns, tiling.slab
     DOWN, ACROSS = tiling.thread_rows, tiling.thread_columns
     DEPTH, WIDTH = tiling.depth, tiling.width
-    PADDED_DEPTH, PADDED_COLUMNS = DEPTH + 1, COLUMNS + 1
+    PADDED_ROWS = ROWS + 1
     OWN_ROWS, OWN_COLUMNS, OWN_WIDTH = ROWS // DOWN, COLUMNS // ACROSS, WIDTH // ACROSS
 
     @kernel
     def by_queries(p, rows, results):
-        left = cuda.shared.array((ROWS, PADDED_DEPTH), NUMBER)
-        right = cuda.shared.array((COLUMNS, PADDED_DEPTH), NUMBER)
+        left = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
+        right = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
         slab = cuda.shared.array((SLAB, WIDTH), NUMBER)
-        weights = cuda.shared.array((ROWS, PADDED_COLUMNS), NUMBER)
-        seen = cuda.shared.array((ROWS, COLUMNS), np.uint8)
-        raw = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
-        dp = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
+        weights = cuda.shared.array((COLUMNS, PADDED_ROWS), NUMBER)
+        seen = cuda.shared.array((COLUMNS, ROWS), np.uint8)
+        total = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
         dq = cuda.local.array((OWN_ROWS, OWN_WIDTH), NUMBER)
         # of each row, summed over the thread's columns
         dscale = cuda.local.array(OWN_ROWS, NUMBER)
@@ -112,7 +125,7 @@ def by_queries(tiling: Tiling) -> Any:
         head = unit // (tiles * slices)
         b, h = head // heads, head % heads
         g = h // (heads // p.k.shape[1])
-        row, column = cuda.threadIdx.x // ACROSS, cuda.threadIdx.x % ACROSS
+        row, column = place(ACROSS)
         queries, keys = p.q_lengths[b], p.kv_lengths[b]
         layout, line = p.layout[b, h], i0 // MASK_TILE
         zero = NUMBER(0)
@@ -133,35 +146,35 @@ def by_queries(tiling: Tiling) -> Any:
                 if names >= 0:
                     name = p.rows.names[names + step * COLUMNS // MASK_TILE]
 
-                add_products(raw, dp, p, rows.dout, b, h, g, i0, queries, j0, keys, left, right,
-                             DEPTH, row, column, DOWN, ACROSS)
+                products(total, p.q[b, h], p.k[b, g], rows.dout[b, h], p.v[b, g], i0, queries, j0,
+                         keys, left, right, weights, row, column, DOWN, ACROSS)
                 all_seen = True
                 for a in range(OWN_ROWS):
-                    i = i0 + row + a * DOWN
+                    r = row + a * DOWN
+                    i = i0 + r
                     lse = rows.lse[b, h, i] if i < queries else NUMBER(-math.inf)
                     mean = rows.delta[b, h, i] if i < queries else zero
-                    for c in range(OWN_COLUMNS):
-                        j = j0 + column + c * ACROSS
+                    for x in range(column, COLUMNS, ACROSS):
                         met, draw = False, zero
-                        if lse != -math.inf and within(p, name, i, queries, j, keys):
-                            met, _, ds, dg, draw = pair_gradient(p, b, h, i, j, raw[a, c], dp[a, c],
-                                                                 lse, mean)
+                        if lse != -math.inf and within(p, name, i, queries, j0 + x, keys):
+                            raw = weights[x, r]
+                            met, _, ds, dg, draw = pair_gradient(
+                                p, b, h, i, j0 + x, raw, aside(left, right, x, r), lse, mean)
                             dbias[a] += ds
                             dgate[a] += dg
                             if met:
-                                dscale[a] += draw * raw[a, c]
-                        weights[row + a * DOWN, column + c * ACROSS] = draw
-                        seen[row + a * DOWN, column + c * ACROSS] = met
+                                dscale[a] += draw * raw
+                        weights[x, r] = draw
+                        seen[x, r] = met
                         all_seen = all_seen and met
                 whole = cuda.syncthreads_and(np.int32(all_seen))
                 # forward: raw = q k^T
-                add_weighted(dq, weights, seen, whole, p.k[b, g], j0, keys, offset, WIDTH, slab,
-                             False, row, column, DOWN, ACROSS)
+                add_weighted(dq, weights, seen, whole, p.k[b, g], j0, keys, offset, slab, row,
+                             column, DOWN, ACROSS)
 
         for a in range(OWN_ROWS):
-            i = i0 + row + a * DOWN
             for c in range(OWN_WIDTH):
-                x = offset + column + c * ACROSS
+                i, x = i0 + row + a * DOWN, offset + column + c * ACROSS
                 if i < n and x < p.q.shape[3]:
                     results.dq[b, h, i, x] = dq[a, c] * p.scale[h]
         # the threads of a row, in order
@@ -172,7 +185,7 @@ def by_queries(tiling: Tiling) -> Any:
                     own = dbias[a]
                 elif kind == 2:
                     own = dgate[a]
-                left[row + a * DOWN, column] = own
+                left[column, row + a * DOWN] = own
             cuda.syncthreads()
             for r in range(cuda.threadIdx.x, ROWS, cuda.blockDim.x):
                 if i0 + r < n and offset == 0:
@@ -184,40 +197,41 @@ def by_queries(tiling: Tiling) -> Any:
 
 @functools.cache
 def by_keys(tiling: Tiling) -> Any:
-    """Return the kernel for dk and dv; a block for each (item, k/v head, columns, key tile)."""
+    """Return the kernel for dk and dv; a block for each (item, k/v head, columns, key tile).
+
+    Here the rows of a tile are keys, and its columns are queries.
+    """
     NUMBER = tiling.dtype
     ROWS, COLUMNS, SLAB = tiling.rows, tiling.columns, tiling.slab
     DOWN, ACROSS = tiling.thread_rows, tiling.thread_columns
     DEPTH, WIDTH = tiling.depth, tiling.width
-    PADDED_DEPTH, PADDED_COLUMNS = DEPTH + 1, COLUMNS + 1
+    PADDED_ROWS = ROWS + 1
     OWN_ROWS, OWN_COLUMNS, OWN_WIDTH = ROWS // DOWN, COLUMNS // ACROSS, WIDTH // ACROSS
-    OWN_KEYS = COLUMNS // DOWN
 
     @kernel
     def by_keys(p, rows, results):
-        left = cuda.shared.array((ROWS, PADDED_DEPTH), NUMBER)
-        right = cuda.shared.array((COLUMNS, PADDED_DEPTH), NUMBER)
+        left = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
+        right = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
         slab = cuda.shared.array((SLAB, WIDTH), NUMBER)
-        weights = cuda.shared.array((ROWS, PADDED_COLUMNS), NUMBER)
-        seen = cuda.shared.array((ROWS, COLUMNS), np.uint8)
-        raw = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
-        dp = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
-        dk = cuda.local.array((OWN_KEYS, OWN_WIDTH), NUMBER)
-        dv = cuda.local.array((OWN_KEYS, OWN_WIDTH), NUMBER)
-        # of each column, summed over the thread's rows
-        dbias = cuda.local.array(OWN_COLUMNS, NUMBER)
-        dgate = cuda.local.array(OWN_COLUMNS, NUMBER)
+        weights = cuda.shared.array((COLUMNS, PADDED_ROWS), NUMBER)
+        seen = cuda.shared.array((COLUMNS, ROWS), np.uint8)
+        total = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
+        dk = cuda.local.array((OWN_ROWS, OWN_WIDTH), NUMBER)
+        dv = cuda.local.array((OWN_ROWS, OWN_WIDTH), NUMBER)
+        # of each key, summed over the thread's queries
+        dbias = cuda.local.array(OWN_ROWS, NUMBER)
+        dgate = cuda.local.array(OWN_ROWS, NUMBER)
 
         heads, groups, m = p.q.shape[1], p.k.shape[1], p.k.shape[2]
         d, e = p.q.shape[3], p.v.shape[3]
-        tiles = (m + COLUMNS - 1) // COLUMNS
+        tiles = (m + ROWS - 1) // ROWS
         slices = (max(d, e) + WIDTH - 1) // WIDTH
         unit = cuda.blockIdx.x
-        j0 = unit % tiles * COLUMNS
+        j0 = unit % tiles * ROWS
         offset = unit // tiles % slices * WIDTH
         group = unit // (tiles * slices)
         b, g = group // groups, group % groups
-        row, column = cuda.threadIdx.x // ACROSS, cuda.threadIdx.x % ACROSS
+        row, column = place(ACROSS)
         queries, keys = p.q_lengths[b], p.kv_lengths[b]
         line, shared_by = j0 // MASK_TILE, heads // groups
         zero = NUMBER(0)
@@ -225,70 +239,66 @@ def by_keys(tiling: Tiling) -> Any:
         clear(dk)
         clear(dv)
         for h in range(g * shared_by, (g + 1) * shared_by):
-            for c in range(OWN_COLUMNS):
-                dbias[c] = 0
-                dgate[c] = 0
+            for a in range(OWN_ROWS):
+                dbias[a] = 0
+                dgate[a] = 0
             layout = p.layout[b, h]
             last = (p.columns.start[layout, line + 1] if j0 < keys
                     else p.columns.start[layout, line])
             for run in range(p.columns.start[layout, line], last):
                 names = p.columns.tile[run]
-                for step in range(p.columns.length[run] * (MASK_TILE // ROWS)):
-                    i0 = p.columns.first[run] * MASK_TILE + step * ROWS
+                for step in range(p.columns.length[run] * (MASK_TILE // COLUMNS)):
+                    i0 = p.columns.first[run] * MASK_TILE + step * COLUMNS
                     if i0 >= queries:
                         break
                     name = -1
                     if names >= 0:
-                        name = p.columns.names[names + step * ROWS // MASK_TILE]
+                        name = p.columns.names[names + step * COLUMNS // MASK_TILE]
 
-                    add_products(raw, dp, p, rows.dout, b, h, g, i0, queries, j0, keys, left, right,
-                                 DEPTH, row, column, DOWN, ACROSS)
+                    products(total, p.k[b, g], p.q[b, h], p.v[b, g], rows.dout[b, h], j0, keys, i0,
+                             queries, left, right, weights, row, column, DOWN, ACROSS)
                     all_seen = True
-                    for a in range(OWN_ROWS):
-                        i = i0 + row + a * DOWN
+                    for x in range(column, COLUMNS, ACROSS):
+                        i = i0 + x
                         lse = rows.lse[b, h, i] if i < queries else NUMBER(-math.inf)
                         mean = rows.delta[b, h, i] if i < queries else zero
-                        for c in range(OWN_COLUMNS):
-                            j = j0 + column + c * ACROSS
+                        for r in range(row, ROWS, DOWN):
+                            a = r // DOWN
                             met, weight, draw = False, zero, zero
-                            if lse != -math.inf and within(p, name, i, queries, j, keys):
+                            if lse != -math.inf and within(p, name, i, queries, j0 + r, keys):
                                 met, weight, ds, dg, draw = pair_gradient(
-                                    p, b, h, i, j, raw[a, c], dp[a, c], lse, mean)
-                                dbias[c] += ds
-                                dgate[c] += dg
-                            # the score is not needed any more
-                            raw[a, c] = draw * p.scale[h]
-                            weights[row + a * DOWN, column + c * ACROSS] = weight
-                            seen[row + a * DOWN, column + c * ACROSS] = met
+                                    p, b, h, i, j0 + r, weights[x, r], aside(left, right, x, r),
+                                    lse, mean)
+                                dbias[a] += ds
+                                dgate[a] += dg
+                            weights[x, r] = weight
+                            set_aside(left, right, x, r, draw * p.scale[h])
+                            seen[x, r] = met
                             all_seen = all_seen and met
                     whole = cuda.syncthreads_and(np.int32(all_seen))
                     # forward: out = p v
                     add_weighted(dv, weights, seen, whole, rows.dout[b, h], i0, queries, offset,
-                                 WIDTH, slab, True, row, column, DOWN, ACROSS)
-                    for a in range(OWN_ROWS):
-                        for c in range(OWN_COLUMNS):
-                            weights[row + a * DOWN, column + c * ACROSS] = raw[a, c]
+                                 slab, row, column, DOWN, ACROSS)
+                    for x in range(column, COLUMNS, ACROSS):
+                        for r in range(row, ROWS, DOWN):
+                            weights[x, r] = aside(left, right, x, r)
                     # forward: raw = q k^T
-                    add_weighted(dk, weights, seen, whole, p.q[b, h], i0, queries, offset, WIDTH,
-                                 slab, True, row, column, DOWN, ACROSS)
+                    add_weighted(dk, weights, seen, whole, p.q[b, h], i0, queries, offset, slab,
+                                 row, column, DOWN, ACROSS)
             if results.column_sums.shape[0] > 0:
+                # the threads of a row, in order
                 for kind in range(2):
-                    for c in range(OWN_COLUMNS):
-                        own = dgate[c] if kind == 1 else dbias[c]
-                        weights[row, column + c * ACROSS] = own
+                    for a in range(OWN_ROWS):
+                        left[column, row + a * DOWN] = dgate[a] if kind == 1 else dbias[a]
                     cuda.syncthreads()
-                    for x in range(cuda.threadIdx.x, COLUMNS, cuda.blockDim.x):
-                        total = weights[0, x]
-                        for r in range(1, DOWN):
-                            total += weights[r, x]
-                        if j0 + x < m and offset == 0:
-                            results.column_sums[kind, b, h, j0 + x] = total
+                    for r in range(cuda.threadIdx.x, ROWS, cuda.blockDim.x):
+                        if j0 + r < m and offset == 0:
+                            results.column_sums[kind, b, h, j0 + r] = row_sum(left, r, ACROSS)
                     cuda.syncthreads()
 
-        for a in range(OWN_KEYS):
-            j = j0 + row + a * DOWN
+        for a in range(OWN_ROWS):
             for c in range(OWN_WIDTH):
-                x = offset + column + c * ACROSS
+                j, x = j0 + row + a * DOWN, offset + column + c * ACROSS
                 if j < m and x < d:
                     results.dk[b, g, j, x] = dk[a, c]
                 if j < m and x < e:

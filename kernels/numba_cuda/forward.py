@@ -20,26 +20,26 @@ from typing import Any
 import numpy as np
 
 from .compile import cuda, device, exp, kernel, log
-from .pairs import NO_GATE, dropout_factor, score, within
-from .tiles import add_scores, add_weighted, clear
+from .pairs import NO_GATE, dropout_factor, gate_of, score, within
+from .tiles import add_scores, add_weighted, clear, place, put
 from .tiling import MASK_TILE, Tiling
 
 
 @device
 def row_sum(shared, r, count):
-    """Return the sum of a row's first numbers, in order."""
-    total = shared[r, 0]
+    """Return the sum of what the threads of a row left there, in order."""
+    total = shared[0, r]
     for x in range(1, count):
-        total += shared[r, x]
+        total += shared[x, r]
     return total
 
 
 @device
 def row_top(shared, r, count):
-    """Return the largest of a row's first numbers, none of which is NaN."""
-    top = shared[r, 0]
+    """Return the largest of what the threads of a row left there, none of which is NaN."""
+    top = shared[0, r]
     for x in range(1, count):
-        top = max(top, shared[r, x])
+        top = max(top, shared[x, r])
     return top
 
 
@@ -50,20 +50,21 @@ def forward(tiling: Tiling) -> Any:
     ROWS, COLUMNS, SLAB = tiling.rows, tiling.columns, tiling.slab
     DOWN, ACROSS = tiling.thread_rows, tiling.thread_columns
     DEPTH, WIDTH = tiling.depth, tiling.width
-    PADDED_DEPTH, PADDED_COLUMNS = DEPTH + 1, COLUMNS + 1
+    PADDED_ROWS = ROWS + 1
     OWN_ROWS, OWN_COLUMNS, OWN_WIDTH = ROWS // DOWN, COLUMNS // ACROSS, WIDTH // ACROSS
 
     @kernel
     def forward(p, results):
-        left = cuda.shared.array((ROWS, PADDED_DEPTH), NUMBER)
-        right = cuda.shared.array((COLUMNS, PADDED_DEPTH), NUMBER)
+        left = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
+        right = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
         slab = cuda.shared.array((SLAB, WIDTH), NUMBER)
-        weights = cuda.shared.array((ROWS, PADDED_COLUMNS), NUMBER)
-        seen = cuda.shared.array((ROWS, COLUMNS), np.uint8)
+        weights = cuda.shared.array((COLUMNS, PADDED_ROWS), NUMBER)
+        seen = cuda.shared.array((COLUMNS, ROWS), np.uint8)
         scores = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
         out = cuda.local.array((OWN_ROWS, OWN_WIDTH), NUMBER)
         tops = cuda.local.array(OWN_ROWS, NUMBER)
         sums = cuda.local.array(OWN_ROWS, NUMBER)
+        shrinks = cuda.local.array(OWN_ROWS, NUMBER)
 
         heads, n = p.q.shape[1], p.q.shape[2]
         tiles = (n + ROWS - 1) // ROWS
@@ -75,7 +76,7 @@ def forward(tiling: Tiling) -> Any:
         head = unit // (tiles * slices)
         b, h = head // heads, head % heads
         g = h // (heads // p.k.shape[1])
-        row, column = cuda.threadIdx.x // ACROSS, cuda.threadIdx.x % ACROSS
+        row, column = place(ACROSS)
         queries, keys = p.q_lengths[b], p.kv_lengths[b]
         layout, line = p.layout[b, h], i0 // MASK_TILE
         zero = NUMBER(0)
@@ -97,75 +98,73 @@ def forward(tiling: Tiling) -> Any:
                     name = p.rows.names[names + step * COLUMNS // MASK_TILE]
 
                 clear(scores)
-                add_scores(scores, p.q[b, h], p.k[b, g], i0, queries, j0, keys, left, right, DEPTH,
-                           row, column, DOWN, ACROSS)
+                add_scores(scores, p.q[b, h], p.k[b, g], i0, queries, j0, keys, left, right, row,
+                           column, DOWN, ACROSS)
+                put(weights, scores, row, column, DOWN, ACROSS)
                 all_seen = True
                 for a in range(OWN_ROWS):
-                    i = i0 + row + a * DOWN
-                    top = tops[a]
-                    for c in range(OWN_COLUMNS):
-                        j = j0 + column + c * ACROSS
-                        visible, value, gate = False, zero, zero
-                        if within(p, name, i, queries, j, keys):
-                            visible, value, _, gate = score(p, b, h, i, j, scores[a, c])
+                    r, top = row + a * DOWN, tops[a]
+                    for x in range(column, COLUMNS, ACROSS):
+                        visible, value = False, zero
+                        if within(p, name, i0 + r, queries, j0 + x, keys):
+                            visible, value, _, gate = score(p, b, h, i0 + r, j0 + x, weights[x, r])
                             visible = visible and gate != 0
-                        seen[row + a * DOWN, column + c * ACROSS] = visible
-                        scores[a, c] = value
-                        # keeps the gate until the weight is known
-                        weights[row + a * DOWN, column + c * ACROSS] = gate
+                        weights[x, r] = value
+                        seen[x, r] = visible
                         all_seen = all_seen and visible
                         if visible and value > top:
                             top = value
-                    left[row + a * DOWN, column] = top
+                    left[column, r] = top
                 whole = cuda.syncthreads_and(np.int32(all_seen))
 
                 for a in range(OWN_ROWS):
-                    i = i0 + row + a * DOWN
-                    top = row_top(left, row + a * DOWN, ACROSS)
+                    r = row + a * DOWN
+                    top = row_top(left, r, ACROSS)
                     shift = zero if top == -math.inf else top
-                    shrink = exp(tops[a] - shift)
+                    shrinks[a] = exp(tops[a] - shift)
                     tops[a] = top
-                    sums[a] *= shrink
-                    for c in range(OWN_WIDTH):
-                        out[a, c] *= shrink
-                    for c in range(OWN_COLUMNS):
-                        r, x = row + a * DOWN, column + c * ACROSS
+                    sums[a] *= shrinks[a]
+                    for x in range(column, COLUMNS, ACROSS):
                         weight = zero
-                        if whole or seen[r, x]:
-                            weight = exp(scores[a, c] - shift)
+                        if whole or seen[x, r]:
+                            weight = exp(weights[x, r] - shift)
                             if p.gate_form != NO_GATE:
-                                weight *= weights[r, x]
+                                weight *= gate_of(p, b, h, i0 + r, j0 + x)
                             sums[a] += weight
                             if p.dropping:
-                                weight *= dropout_factor(p, b, h, i, j0 + x)
-                        weights[r, x] = weight
-                add_weighted(out, weights, seen, whole, p.v[b, g], j0, keys, offset, WIDTH, slab,
-                             False, row, column, DOWN, ACROSS)
+                                weight *= dropout_factor(p, b, h, i0 + r, j0 + x)
+                        weights[x, r] = weight
+                for a in range(OWN_ROWS):
+                    for c in range(OWN_WIDTH):
+                        out[a, c] *= shrinks[a]
+                add_weighted(out, weights, seen, whole, p.v[b, g], j0, keys, offset, slab, row,
+                             column, DOWN, ACROSS)
 
         for a in range(OWN_ROWS):
-            left[row + a * DOWN, column] = sums[a]
+            left[column, row + a * DOWN] = sums[a]
         cuda.syncthreads()
         for a in range(OWN_ROWS):
             i = i0 + row + a * DOWN
-            if i < n:
-                total = row_sum(left, row + a * DOWN, ACROSS)
-                top, share, lse = tops[a], zero, NUMBER(-math.inf)
-                if p.has_sinks:
-                    # the sink is a key of value 0
-                    top = max(top, p.sinks[h])
-                shift = zero if top == -math.inf else top
-                shrink = exp(tops[a] - shift)
-                total *= shrink
-                if p.has_sinks:
-                    total += exp(p.sinks[h] - shift)
-                if total != 0:
-                    share = shrink / total
-                    lse = shift + log(total)
-                for c in range(OWN_WIDTH):
-                    x = offset + column + c * ACROSS
-                    if x < p.v.shape[3]:
-                        results.out[b, h, i, x] = out[a, c] * share
-                if offset == 0 and column == 0:
-                    results.lse[b, h, i] = lse
+            total = row_sum(left, row + a * DOWN, ACROSS)
+            top, lse = tops[a], NUMBER(-math.inf)
+            if p.has_sinks:
+                # the sink is a key of value 0
+                top = max(top, p.sinks[h])
+            shift = zero if top == -math.inf else top
+            shrink = exp(tops[a] - shift)
+            total *= shrink
+            if p.has_sinks:
+                total += exp(p.sinks[h] - shift)
+            shrinks[a] = zero
+            if total != 0:
+                shrinks[a] = shrink / total
+                lse = shift + log(total)
+            if i < n and offset == 0 and column == 0:
+                results.lse[b, h, i] = lse
+        for a in range(OWN_ROWS):
+            for c in range(OWN_WIDTH):
+                i, x = i0 + row + a * DOWN, offset + column + c * ACROSS
+                if i < n and x < p.v.shape[3]:
+                    results.out[b, h, i, x] = out[a, c] * shrinks[a]
 
     return forward

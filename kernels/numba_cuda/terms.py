@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from .backward import add_products
+from .backward import products
 from .compile import cuda, device, kernel
 from .pairs import NOWHERE, column_of, distance, pair_gradient, within
-from .tiles import clear
+from .tiles import aside, clear, place, put
 from .tiling import MASK_TILE, Tiling
 
 THREADS = 128
@@ -45,6 +45,24 @@ def name_of(p, layout, i0, j0):
     return name
 
 
+@device
+def pair_gradients(sums, left, right, p, rows, b, h, i0, queries, j0, keys, name, of_gate, row,
+                   column, down, across):
+    """Turn the thread's products into the gradients of its scores, or `of_gate` of its gates."""
+    zero = sums.dtype.type(0)
+    for r in range(row, sums.shape[1] - 1, down):
+        i = i0 + r
+        seen = i < queries and rows.lse[b, h, i] != -math.inf
+        for x in range(column, sums.shape[0], across):
+            own = zero
+            if seen and within(p, name, i, queries, j0 + x, keys):
+                _, _, ds, dgate, _ = pair_gradient(
+                    p, b, h, i, j0 + x, sums[x, r], aside(left, right, x, r),
+                    rows.lse[b, h, i], rows.delta[b, h, i])
+                own = dgate if of_gate else ds
+            sums[x, r] = own
+
+
 @functools.cache
 def by_tiles(tiling: Tiling, *, of_gate: bool) -> Any:
     """Return the kernel for a term with a number for each pair, or each block of pairs.
@@ -54,18 +72,17 @@ def by_tiles(tiling: Tiling, *, of_gate: bool) -> Any:
     NUMBER = tiling.dtype
     ROWS, COLUMNS = tiling.rows, tiling.columns
     DOWN, ACROSS, DEPTH = tiling.thread_rows, tiling.thread_columns, tiling.depth
-    PADDED_DEPTH, PADDED_COLUMNS = DEPTH + 1, COLUMNS + 1
+    PADDED_ROWS = ROWS + 1
     OWN_ROWS, OWN_COLUMNS = ROWS // DOWN, COLUMNS // ACROSS
     OF_GATE = of_gate
 
     @kernel
     def by_tiles(p, rows, results):
-        left = cuda.shared.array((ROWS, PADDED_DEPTH), NUMBER)
-        right = cuda.shared.array((COLUMNS, PADDED_DEPTH), NUMBER)
-        sums = cuda.shared.array((ROWS, PADDED_COLUMNS), NUMBER)
-        raw = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
-        dp = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
+        left = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
+        right = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
+        sums = cuda.shared.array((COLUMNS, PADDED_ROWS), NUMBER)
         total = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
+        gradient = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
 
         batch, heads, n, m = p.q.shape[0], p.q.shape[1], p.q.shape[2], p.k.shape[2]
         own_heads = results.heads
@@ -76,9 +93,9 @@ def by_tiles(tiling: Tiling, *, of_gate: bool) -> Any:
         i0 = unit // across % tiles * ROWS
         own_head = unit // (across * tiles) % own_heads
         own_item = unit // (across * tiles * own_heads)
-        row, column = cuda.threadIdx.x // ACROSS, cuda.threadIdx.x % ACROSS
+        row, column = place(ACROSS)
 
-        clear(total)
+        clear(gradient)
         for b in range(batch):
             queries, keys = p.q_lengths[b], p.kv_lengths[b]
             if results.item[b] == own_item and i0 < queries and j0 < keys:
@@ -87,29 +104,24 @@ def by_tiles(tiling: Tiling, *, of_gate: bool) -> Any:
                     g = h // (heads // p.k.shape[1])
                     name = name_of(p, p.layout[b, h], i0, j0)
                     if name != NOWHERE:
-                        add_products(raw, dp, p, rows.dout, b, h, g, i0, queries, j0, keys, left,
-                                     right, DEPTH, row, column, DOWN, ACROSS)
+                        products(total, p.q[b, h], p.k[b, g], rows.dout[b, h], p.v[b, g], i0,
+                                 queries, j0, keys, left, right, sums, row, column, DOWN, ACROSS)
+                        pair_gradients(sums, left, right, p, rows, b, h, i0, queries, j0, keys,
+                                       name, OF_GATE, row, column, DOWN, ACROSS)
                         for a in range(OWN_ROWS):
-                            i = i0 + row + a * DOWN
-                            lse = rows.lse[b, h, i] if i < queries else NUMBER(-math.inf)
                             for c in range(OWN_COLUMNS):
-                                j = j0 + column + c * ACROSS
-                                if lse != -math.inf and within(p, name, i, queries, j, keys):
-                                    _, _, ds, dgate, _ = pair_gradient(
-                                        p, b, h, i, j, raw[a, c], dp[a, c], lse,
-                                        rows.delta[b, h, i])
-                                    total[a, c] += dgate if OF_GATE else ds
+                                gradient[a, c] += sums[column + c * ACROSS, row + a * DOWN]
+                        # the next head's products lie where some may still read this one's
+                        cuda.syncthreads()
         block = results.block
         if block == 1:
             for a in range(OWN_ROWS):
                 for c in range(OWN_COLUMNS):
                     i, j = i0 + row + a * DOWN, j0 + column + c * ACROSS
                     if i < n and j < m:
-                        results.gradient[own_item, own_head, i, j] = total[a, c]
+                        results.gradient[own_item, own_head, i, j] = gradient[a, c]
         else:
-            for a in range(OWN_ROWS):
-                for c in range(OWN_COLUMNS):
-                    sums[row + a * DOWN, column + c * ACROSS] = total[a, c]
+            put(sums, gradient, row, column, DOWN, ACROSS)
             cuda.syncthreads()
             # cells that the tile touches: pairs outside of N and M have added nothing
             cells = results.gradient.shape[2]
@@ -119,7 +131,7 @@ def by_tiles(tiling: Tiling, *, of_gate: bool) -> Any:
                 cell = NUMBER(0)
                 for i in range(max(first, 0), min(first + block, ROWS)):
                     for j in range(max(start, 0), min(start + block, COLUMNS)):
-                        cell += sums[i, j]
+                        cell += sums[j, i]
                 results.gradient[unit, 0, x // cells, x % cells] = cell
 
     return by_tiles
@@ -193,17 +205,16 @@ def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
     NUMBER = tiling.dtype
     ROWS, COLUMNS = tiling.rows, tiling.columns
     DOWN, ACROSS, DEPTH = tiling.thread_rows, tiling.thread_columns, tiling.depth
-    PADDED_DEPTH, PADDED_COLUMNS = DEPTH + 1, COLUMNS + 1
+    PADDED_ROWS = ROWS + 1
     OWN_ROWS, OWN_COLUMNS = ROWS // DOWN, COLUMNS // ACROSS
     OF_GATE = of_gate
 
     @kernel
     def by_distance(p, rows, results):
-        left = cuda.shared.array((ROWS, PADDED_DEPTH), NUMBER)
-        right = cuda.shared.array((COLUMNS, PADDED_DEPTH), NUMBER)
-        sums = cuda.shared.array((ROWS, PADDED_COLUMNS), NUMBER)
-        raw = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
-        dp = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
+        left = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
+        right = cuda.shared.array((DEPTH, PADDED_ROWS), NUMBER)
+        sums = cuda.shared.array((COLUMNS, PADDED_ROWS), NUMBER)
+        total = cuda.local.array((OWN_ROWS, OWN_COLUMNS), NUMBER)
 
         batch, heads, n = p.q.shape[0], p.q.shape[1], p.q.shape[2]
         parts, width = results.tables.shape[0], results.tables.shape[2]
@@ -212,7 +223,7 @@ def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
         g = h // (heads // p.k.shape[1])
         table = results.tables[part, h]
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-        row, column = thread // ACROSS, thread % ACROSS
+        row, column = place(ACROSS)
 
         for x in range(thread, width, threads):
             table[x] = 0
@@ -231,39 +242,32 @@ def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
                     name = -1
                     if names >= 0:
                         name = p.rows.names[names + step * COLUMNS // MASK_TILE]
-                    add_products(raw, dp, p, rows.dout, b, h, g, i0, queries, j0, keys, left, right,
-                                 DEPTH, row, column, DOWN, ACROSS)
+                    products(total, p.q[b, h], p.k[b, g], rows.dout[b, h], p.v[b, g], i0, queries,
+                             j0, keys, left, right, sums, row, column, DOWN, ACROSS)
+                    pair_gradients(sums, left, right, p, rows, b, h, i0, queries, j0, keys, name,
+                                   OF_GATE, row, column, DOWN, ACROSS)
+                    ahead = distance(p, b, i0, j0)
                     straight = True
-                    for a in range(OWN_ROWS):
-                        i = i0 + row + a * DOWN
-                        lse = rows.lse[b, h, i] if i < queries else NUMBER(-math.inf)
-                        for c in range(OWN_COLUMNS):
-                            j = j0 + column + c * ACROSS
-                            own = NUMBER(0)
-                            if i < queries and j < keys:
-                                straight = straight and distance(p, b, i, j) - distance(
-                                    p, b, i0, j0) == j - j0 - (i - i0)
-                            if lse != -math.inf and within(p, name, i, queries, j, keys):
-                                _, _, ds, dgate, _ = pair_gradient(
-                                    p, b, h, i, j, raw[a, c], dp[a, c], lse, rows.delta[b, h, i])
-                                own = dgate if OF_GATE else ds
-                            sums[row + a * DOWN, column + c * ACROSS] = own
+                    for r in range(thread, min(ROWS, queries - i0), threads):
+                        straight = straight and distance(p, b, i0 + r, j0) == ahead - r
+                    for x in range(thread, min(COLUMNS, keys - j0), threads):
+                        straight = straight and distance(p, b, i0, j0 + x) == ahead + x
                     if cuda.syncthreads_and(np.int32(straight)):
                         for x in range(thread, ROWS + COLUMNS - 1, threads):
-                            ahead = x - (ROWS - 1)
-                            total = NUMBER(0)
-                            for r in range(max(0, -ahead), min(ROWS, COLUMNS - ahead)):
-                                total += sums[r, r + ahead]
-                            place = distance(p, b, i0, j0) + ahead - p.origin
+                            diagonal = x - (ROWS - 1)
+                            found = NUMBER(0)
+                            for r in range(max(0, -diagonal), min(ROWS, COLUMNS - diagonal)):
+                                found += sums[r + diagonal, r]
+                            entry = ahead + diagonal - p.origin
                             # pairs that no mask allows may lie beyond the table
-                            if 0 <= place and place < width:
-                                table[place] += total
+                            if 0 <= entry and entry < width:
+                                table[entry] += found
                     else:
                         for r in range(min(ROWS, queries - i0)):
                             for x in range(min(COLUMNS, keys - j0)):
-                                place = column_of(p, b, i0 + r, j0 + x, width)
-                                if place % threads == thread:
-                                    table[place] += sums[r, x]
+                                entry = column_of(p, b, i0 + r, j0 + x, width)
+                                if entry % threads == thread:
+                                    table[entry] += sums[x, r]
                     cuda.syncthreads()
 
     return by_distance
@@ -277,9 +281,9 @@ def join_tables(joined):
     x = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if x < heads * width:
         shared_by = tables.shape[1] // heads
-        head, place = x // width, x % width
+        head, entry = x // width, x % width
         total = np.float64(0)
         for part in range(tables.shape[0]):
             for shared in range(shared_by):
-                total += tables[part, head * shared_by + shared, place]
-        gradient[head, place] = total
+                total += tables[part, head * shared_by + shared, entry]
+        gradient[head, entry] = total

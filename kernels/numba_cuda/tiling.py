@@ -42,7 +42,7 @@ def forward_tiling(dtype: Any, width: int) -> Tiling:
     """Return the tiling for outputs of a width: more scores per thread save shared-memory reads."""
     if dtype == np.float64:
         return Tiling(32, 32, 8, 16, 16, _fitting(width, (32, 64)), 16, dtype)
-    return Tiling(64, 64, 8, 16, 32, _fitting(width, (32, 64, 128)), 16, dtype)
+    return Tiling(64, 64, 16, 16, 32, _fitting(width, (32, 64, 128)), 16, dtype)
 
 
 def backward_tiling(dtype: Any, width: int) -> Tiling:
