@@ -2,9 +2,9 @@
 
 The default run has what takes moments: the compiler's front end, the cache, and the judge itself
 on small kernels that are made for it. With ``-m gate`` every configuration that launch code can
-choose is compiled for every architecture it is for, by two processes (python -m bench.gpu_sass
-does the same), and must have no stack, no spills, and the instructions it was written for. Both take CuPy, NVRTC and
-cuobjdump, and are skipped with the reason where these are not installed.
+choose is compiled for every architecture it is for, by two processes (``python -m bench.gpu_sass``
+prints what this reads): it must have no stack, no spills, and the instructions it was written for.
+Both take CuPy, NVRTC and cuobjdump, and are skipped with the reason where these are not installed.
 """
 
 from __future__ import annotations
