@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from emulator.build import compiler
 from emulator.device import EmulatedDevice
+from pyattn.kernels.cuda import device
 
 from pyattn import dispatch
-from pyattn.kernels.cuda import device
 
 
 @pytest.fixture

@@ -83,7 +83,8 @@ def build(file: str, name: str, macros: Iterable[tuple[str, str | int]] = (), *,
 
 
 def _core(flags: list[str]) -> list[Path]:
-    """The emulator's own objects, which all kernels share."""
+    """The emulator's own objects, which all kernels share; only kernels are sanitized."""
+    flags = [flag for flag in flags if flag not in SANITIZE]
     return [_cached(path.stem, ".o", path.read_text(), flags, ["-c", "-x", "c++", "-"])
             for path in sorted(HERE.glob("*.cpp"))]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import struct
 import threading
 import weakref
 
 import numpy as np
+
+from pyattn.kernels.cuda.device import encoded_tensor_map
 
 from .build import build, line_of, load
 
@@ -62,7 +65,9 @@ class LiveArrays:
         owner = array
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
-        first, last = np.lib.array_utils.byte_bounds(array)
+        first = last = array.__array_interface__["data"][0]
+        if array.size > 0:
+            first, last = np.lib.array_utils.byte_bounds(array)
         self._found[first, last, array.flags.writeable] = weakref.ref(owner)
 
     def regions(self):
@@ -164,12 +169,14 @@ class EmulatedDevice:
         if self.guard is not None:
             values = {name: int(arguments.view(np.uint8)[at:at + 8].view(np.uint64)[0])
                       for at, name in found}
-            live = self._arrays.regions()
-            regions = (_Region * len(live))()
-            for region, (first, last, writable) in zip(regions, live, strict=True):
-                names = [name for name, value in values.items() if first <= value < last]
-                region.address, region.bytes, region.writable = first, last - first, writable
-                region.name = ", ".join(names).encode()[:43]
+            used = []
+            for first, last, writable in self._arrays.regions():
+                names = [name for name, value in values.items()
+                         if first <= value < max(last, first + 1)]
+                if names:
+                    used.append(_Region(first, last - first, writable,
+                                        ", ".join(names).encode()[:43]))
+            regions = (_Region * len(used))(*used)
         places = (ctypes.c_uint32 * len(found))(*[at for at, _ in found])
         options = _Options(self.seed, self.races, self.uninitialised,
                            self.access_conflicts is not None, self.step_limit, self.time_limit,
@@ -204,3 +211,25 @@ class EmulatedDevice:
         """Return where the array's first element is."""
         self._arrays.add(array)
         return array.__array_interface__["data"][0]
+
+    def tensor_map(self, array, rows, columns):
+        """Return 128 bytes by which the emulated copies find their way."""
+        return encoded_tensor_map(_Driver, self.address(array), array.shape, array.strides,
+                                  array.dtype.name, rows, columns)
+
+
+class _Driver:
+    """Stands in for the driver, whose own tensor maps nobody can read; see mbarriers.hpp."""
+
+    MAGIC = 0x70616D726F736E74
+
+    @staticmethod
+    def cuTensorMapEncodeTiled(place, kind, rank, address, sizes, strides, box, steps,  # noqa: N802
+                               interleave, swizzle, promotion, outside):
+        assert (rank, interleave, swizzle, outside) == (4, 0, 3, 0)
+        assert list(steps) == [1, 1, 1, 1]
+        assert list(box)[2:] == [1, 1]
+        described = struct.pack("<2Q4Q4Q2I", _Driver.MAGIC, address.value, *sizes, 2, *strides,
+                                *list(box)[:2])
+        ctypes.memmove(place, described.ljust(128, b"\0"), 128)
+        return 0

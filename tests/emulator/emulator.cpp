@@ -128,6 +128,15 @@ public:
         places[tail++ % CAPACITY] = thread;
     }
 
+    // Behind all others.
+    void add_last(Thread* thread) {
+        if (options.seed != 0 && options.seed % 3 == 2) {
+            places[--head % CAPACITY] = thread;
+        } else {
+            add(thread);
+        }
+    }
+
     Thread* take() {
         if (options.seed == 0 || options.seed % 3 == 0) {
             return places[head++ % CAPACITY];
@@ -197,7 +206,7 @@ static __attribute__((noinline)) void pause_spinning(Site site) {
         fail_here("livelock: " + std::to_string(block.steps)
                   + " accesses to shared memory and nobody synchronised", site);
     }
-    ready.add(current);
+    ready.add_last(current);
     hand_over();
 }
 
@@ -369,11 +378,11 @@ static void finish_block_barrier() {
     block.vote = false;
     barrier.arrived = 0;
     current->vote = vote;
-    for (Thread* thread : barrier.asleep) {
+    for (Thread* thread : barrier.waiting) {
         thread->vote = vote;
         wake(thread);
     }
-    barrier.asleep.clear();
+    barrier.waiting.clear();
 }
 
 // __syncthreads, and __syncthreads_or of `vote`.
@@ -392,7 +401,7 @@ bool synchronise_block(bool vote, const char* what, Site site) {
     block.vote |= vote;
     barrier.arrived++;
     if (barrier.arrived < block.threads) {
-        barrier.asleep.push_back(current);
+        barrier.waiting.push_back(current);
         wait_for({what, 0, site, &barrier.arrived, block.threads});
     } else {
         finish_block_barrier();
@@ -404,27 +413,45 @@ static std::string name_of_barrier(int id) {
     return "barrier " + std::to_string(id);
 }
 
-static void finish_named_barrier(Barrier& barrier, int id, Site site) {
+static void finish_named_barrier(Barrier& barrier) {
     statistics.barriers++;
     note_progress();
-    for (size_t warp = 0; warp < barrier.lanes_of_warp.size(); warp++) {
-        const int lanes = barrier.lanes_of_warp[warp];
-        if (lanes != 0 && lanes != WARP) {
-            fail_here(name_of_barrier(id) + " is complete with " + std::to_string(lanes)
-                      + " threads of warp " + std::to_string(warp) + ": whole warps come", site);
-        }
-    }
-    for (Thread* thread : barrier.asleep) {
+    for (Thread* thread : barrier.waiting) {
         if (options.races) {
             clocks.acquire(thread->index, barrier.clocks);
         }
-        if (thread != current) {
+        thread->before_barrier = false;
+        if (thread->at_barrier) {
+            thread->at_barrier = false;
             wake(thread);
         }
     }
     barrier = Barrier();
 }
 
+static void bring_warp(Barrier& barrier, int id, int expected, bool waits, Site site) {
+    if (barrier.arrived > 0 && barrier.expected != expected) {
+        fail_here(name_of_barrier(id) + " of " + std::to_string(expected) + " threads, "
+                  + std::to_string(barrier.expected) + " by those who came first", site);
+    }
+    barrier.expected = expected;
+    barrier.arrived += WARP;
+    for (int lane = 0; lane < WARP; lane++) {
+        Thread* thread = current->warp->meeting.members[lane];
+        if (options.races) {
+            clocks.release(thread->index, barrier.clocks);
+        }
+        if (waits) {
+            thread->before_barrier = true;
+            barrier.waiting.push_back(thread);
+        }
+    }
+    if (barrier.arrived == expected) {
+        finish_named_barrier(barrier);
+    }
+}
+
+// The hardware counts warps, whose lanes come with one instruction.
 void come_to_named_barrier(int id, int expected, bool waits, Site site) {
     if (id < 1 || id >= NAMED_BARRIERS) {
         fail_here(name_of_barrier(id) + ": named barriers are 1 to 15, 0 is __syncthreads'", site);
@@ -434,25 +461,10 @@ void come_to_named_barrier(int id, int expected, bool waits, Site site) {
                   + " threads: whole warps of the block are wanted", site);
     }
     Barrier& barrier = block.named[id];
-    if (barrier.arrived > 0 && barrier.expected != expected) {
-        fail_here(name_of_barrier(id) + " of " + std::to_string(expected) + " threads, "
-                  + std::to_string(barrier.expected) + " by those who came first", site);
-    }
-    barrier.expected = expected;
-    barrier.lanes_of_warp.resize(warps.size(), 0);
-    if (++barrier.lanes_of_warp[current->index / WARP] > WARP) {
-        fail_here(name_of_barrier(id) + ": a warp comes twice before it is complete", site);
-    }
-    if (options.races) {
-        clocks.release(current->index, barrier.clocks);
-    }
-    barrier.arrived++;
-    if (waits) {
-        barrier.asleep.push_back(current);
-    }
-    if (barrier.arrived == expected) {
-        finish_named_barrier(barrier, id, site);
-    } else if (waits) {
+    meet(current->warp->meeting, WARP, waits ? "barrier_sync" : "barrier_arrive", site,
+         [&] { bring_warp(barrier, id, expected, waits, site); });
+    if (waits && current->before_barrier) {
+        current->at_barrier = true;
         static const char* const names[NAMED_BARRIERS] = {
             "", "barrier 1", "barrier 2", "barrier 3", "barrier 4", "barrier 5", "barrier 6",
             "barrier 7", "barrier 8", "barrier 9", "barrier 10", "barrier 11", "barrier 12",
@@ -565,6 +577,8 @@ static void start_block(uint3 index) {
         thread.warp = &warps[i / WARP];
         thread.warp->meeting.arrived = 0;
         thread.state = Thread::READY;
+        thread.before_barrier = false;
+        thread.at_barrier = false;
         thread.steps = 0;
         thread.copies.clear();
         thread.copy_groups.clear();

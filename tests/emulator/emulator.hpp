@@ -101,6 +101,8 @@ struct Thread {
     State state;
     Waiting waiting;
     bool vote;
+    bool before_barrier;  // has come to a named one that is not complete
+    bool at_barrier;      // and sleeps there
     u32 steps;
     std::vector<Copy> copies;         // in the order of their issue
     std::vector<size_t> copy_groups;  // how many copies each closed group has
@@ -112,7 +114,7 @@ struct Meeting {
     const char* what = "";
     int arrived = 0;
     Site site;
-    Thread* members[128];
+    Thread* members[128];  // in the order of their arrival
 };
 
 typedef float Float8 __attribute__((vector_size(32)));
@@ -136,9 +138,8 @@ struct Barrier {
     int arrived = 0;
     int expected = 0;
     Site site;
-    std::vector<Thread*> asleep;
-    std::vector<u32> clocks;
-    std::vector<int> lanes_of_warp;
+    std::vector<Thread*> waiting;
+    std::vector<u32> clocks;  // of all who have come
 };
 
 static constexpr int NAMED_BARRIERS = 16;
