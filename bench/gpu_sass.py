@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -153,18 +154,19 @@ def subjects():
     return found
 
 
-def read_subject(subject):
-    return read(compile.text(subject.kernel.file), subject.kernel.file, subject.kernel.macros,
-                subject.architecture)
-
-
 def readings(chosen, jobs=JOBS):
     """(subject, its reading) of each, as they come; what cannot be compiled has an error instead.
 
     Each process compiles some: NVRTC has a lock.
     """
-    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        started = {pool.submit(read_subject, subject): subject for subject in chosen}
+    # a fork would take along what threads of other libraries hold
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        started = {}
+        for subject in chosen:
+            kernel = subject.kernel
+            started[pool.submit(read, compile.text(kernel.file), kernel.file, kernel.macros,
+                                subject.architecture)] = subject
         for done in concurrent.futures.as_completed(started):
             yield started[done], done.exception() or done.result()
 

@@ -109,8 +109,8 @@ def _backends() -> dict[str, dict[str, str]]:
 
     folder = Path(__file__).parent / "engines"
     engines = [module.name for module in pkgutil.iter_modules([str(folder)])]
-    no_gpu = unavailable()
-    table = {engine: {name: no_gpu if no_gpu and name in dispatch.ON_GPU else _state(engine, name)
+    no_gpu = dispatch.ON_GPU if unavailable() else ()
+    table = {engine: {name: "no GPU, see there" if name in no_gpu else _state(engine, name)
                       for name in dispatch.BACKENDS} for engine in engines}
     return {engine: states for engine, states in table.items() if "available" in states.values()}
 
