@@ -107,7 +107,7 @@ def test_info_prints_what_show_config_returns(capsys):
     assert config["cpu"]["name"] in text
     backends = config["backends"]["softmax"]
     assert backends["cpu"] == backends["array_api"] == "available"
-    assert list(config["gpu"])[0] in ("device 0", "none")
+    assert next(iter(config["gpu"])) in ("device 0", "none")
     assert (backends["cuda"] == "no GPU, see there") == ("none" in config["gpu"])
 
 
