@@ -32,6 +32,7 @@ from pathlib import Path
 
 from pyattn.kernels import disk
 from pyattn.kernels.cuda import compile
+from pyattn.kernels.cuda.device import Kernel
 
 from pyattn.checks import BackendError
 
@@ -129,8 +130,9 @@ def read(source, name, macros, architecture):
     if stored is not None:
         return Reading(**json.loads(stored))
     code, log = compile.compiled(source, name, options)
-    resources = RESOURCES.search(dumped(code, "-res-usage"))
-    instructions = collections.Counter(INSTRUCTION.findall(dumped(code, "-sass")))
+    told = dumped(code, "-res-usage", "-sass")
+    resources = RESOURCES.search(told)
+    instructions = collections.Counter(INSTRUCTION.findall(told))
     if resources is None or not instructions:
         raise RuntimeError(f"{name}: cuobjdump says nothing that can be read")
     reading = Reading(*map(int, resources.groups()), dict(instructions), log)
@@ -139,14 +141,25 @@ def read(source, name, macros, architecture):
     return reading
 
 
+def usual(kernel):
+    """The architectures of a kernel that names none."""
+    return ("sm_90a",) if kernel.architecture_specific else ("sm_80", "sm_90")
+
+
 def subjects():
-    """Every configuration that a module of the backend has, on its architectures."""
+    """Every configuration that a module of the backend has, on its architectures.
+
+    ``configurations()`` of a module gives kernels, or (kernel, architectures, instructions that
+    its machine code must have).
+    """
     package = importlib.import_module("pyattn.kernels.cuda")
     found = {}
     for information in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{information.name}")
         if hasattr(module, "configurations"):
-            for kernel, architectures, expected in module.configurations():
+            for given in module.configurations():
+                kernel, architectures, expected = (
+                    (given, usual(given), ()) if isinstance(given, Kernel) else given)
                 expected = (expected,) if isinstance(expected, str) else tuple(expected or ())
                 for architecture in architectures:
                     subject = Subject(kernel, architecture, expected)

@@ -13,6 +13,7 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,17 @@ def test_the_judge_tells_what_does_not_compile(cache, source):
     subject = gpu_sass.Subject(Kernel("multiply.cu", "multiply"), "sm_80", ())
     [(_, error)] = gpu_sass.readings([subject], jobs=1)
     assert isinstance(error, BackendError)
+
+
+def test_configurations_are_found_in_modules(monkeypatch):
+    plain, hopper = Kernel("a.cu", "a"), Kernel("b.cu", "b", architecture_specific=True)
+    monkeypatch.setattr(gpu_sass.pkgutil, "iter_modules", lambda path: [
+        types.SimpleNamespace(name="compile"), types.SimpleNamespace(name="made")])
+    monkeypatch.setitem(sys.modules, "pyattn.kernels.cuda.made", types.SimpleNamespace(
+        configurations=lambda: [plain, hopper, (plain, ("sm_86",), "HMMA")]))
+    assert list(gpu_sass.subjects().values()) == [
+        gpu_sass.Subject(plain, "sm_80", ()), gpu_sass.Subject(plain, "sm_90", ()),
+        gpu_sass.Subject(hopper, "sm_90a", ()), gpu_sass.Subject(plain, "sm_86", ("HMMA",))]
 
 
 # every configuration
