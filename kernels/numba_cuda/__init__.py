@@ -10,3 +10,26 @@ no GPU at all. Read in this order:
 ``terms``      the gradients of what was added to the scores
 ``launch``     from a `Problem` to arguments, grids and results
 """
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+
+def missing(array: Any) -> str | None:
+    """Say what this machine lacks to run these kernels, and how to get it; None if nothing."""
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("numba_cuda") is None:
+        return ("numba-cuda is not installed (pip install 'numba-cuda[cu13]', or [cu12] for an "
+                "older driver)")
+    from numba import config, cuda
+
+    if config.ENABLE_CUDASIM or cuda.is_available():
+        return None
+    return "Numba finds no GPU, or no driver (see `numba -s`, section CUDA)"

@@ -52,18 +52,23 @@ class Simulator(Device):
     """NumPy arrays in Numba's simulator, which takes those in tuples as they are."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return an array of the caller's kind."""
         return np.empty(shape, dtype)
 
     def view(self, x: Array) -> Any:
+        """Return `x` as kernels take it."""
         return x
 
     def constant(self, x: np.ndarray) -> Any:
+        """Return what a host array holds."""
         return x
 
     def kept(self, owner: Any, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned first."""
         return make()
 
     def launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+        """Run a kernel."""
         if blocks:
             kernel[blocks, threads](*arguments)
 
@@ -93,11 +98,13 @@ if not SIMULATED:
             self.lock = threading.Lock()
 
         def view(self, x: Array) -> Any:
+            """Return `x` as kernels take it."""
             # arrays tell the stream that they are made on: ours, so there is none to wait for
             array = cuda.as_cuda_array(x, sync=False)
             return View(array.shape, array.strides, array.dtype, gpu_data=array.gpu_data)
 
         def constant(self, x: np.ndarray) -> Any:
+            """Return what a host array holds."""
             x = np.ascontiguousarray(x)
             key = hashlib.blake2b(x, digest_size=16, person=x.dtype.str.encode()[:16],
                                   salt=str(x.shape).encode()[:16]).digest()
@@ -110,6 +117,7 @@ if not SIMULATED:
                 return self.constants[key]
 
         def kept(self, owner: Any, make: Callable[[], Any]) -> Any:
+            """Return what `make` returned first."""
             with self.lock:
                 found = self.owned.get(owner)
             if found is None:
@@ -128,11 +136,13 @@ if not SIMULATED:
         """CuPy arrays: results from its pool, kernels on its current stream."""
 
         def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+            """Return an array of the caller's kind."""
             import cupy
 
             return cupy.empty(shape, dtype)
 
         def launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+            """Run a kernel."""
             import cupy
 
             if blocks:
@@ -143,9 +153,11 @@ if not SIMULATED:
         """Numba's device arrays, on its default stream."""
 
         def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+            """Return an array of the caller's kind."""
             return cuda.device_array(shape, dtype)
 
         def launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+            """Run a kernel."""
             if blocks:
                 kernel[blocks, threads](*arguments)
 

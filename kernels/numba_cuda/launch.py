@@ -62,7 +62,7 @@ def accumulator(x: Array) -> Any:
 def inputs(problem: Any, on: Device) -> Inputs:
     """Return the arguments that all kernels share."""
     number = accumulator(problem.q)
-    batch, heads, n, _ = problem.q.shape
+    _, heads, n, _ = problem.q.shape
     m = problem.k.shape[2]
     blocks, form = problem.blocks, problem.gate_form
     nothing = on.constant(np.zeros((1, 1, 1, 1), number))
@@ -117,7 +117,8 @@ def inputs(problem: Any, on: Device) -> Inputs:
 
 def _blocks(blocks: Any, on: Device) -> dict[str, Any]:
     """Return the runs and bits of a BlockMask on the device."""
-    rows, columns = (Runs(*(on.constant(x) for x in runs)) for runs in (blocks.rows, blocks.columns))
+    rows, columns = (Runs(*(on.constant(x) for x in runs))
+                     for runs in (blocks.rows, blocks.columns))
     # byte x of row i of a tile has columns 8x to 8x + 7
     words = np.ascontiguousarray(blocks.bits, dtype="<u8")
     return {"rows": rows, "columns": columns,
