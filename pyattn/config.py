@@ -133,7 +133,7 @@ def _threads() -> dict[str, Any]:
 
 def _cache() -> dict[str, str]:
     from .kernels.cpu import tuning
-    from .kernels.cpu.compile import cache_folder
+    from .kernels.disk import cache_folder
 
     return {"compiled kernels": str(cache_folder() or "nowhere: there is no home directory"),
             "tuning table": str(tuning.source() or "built-in figures")}

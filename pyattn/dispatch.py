@@ -18,11 +18,14 @@ from typing import Any
 from . import arrays
 from .checks import BackendError, OptionError
 
-BACKENDS = ("cpu", "array_api")
+BACKENDS = ("cpu", "cuda", "numba_cuda", "array_api")
 """All backends, each a folder of `pyattn.kernels`."""
 
-PREFERENCE = {"numpy": ("cpu", "array_api")}
+PREFERENCE = {"numpy": ("cpu", "array_api"), "cupy": ("cuda", "numba_cuda", "array_api")}
 """Backends by array library; a library that is not listed has `array_api` alone."""
+
+ON_GPU = ("cuda", "numba_cuda")
+"""Those that take arrays on a GPU, as CuPy's."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 _recorders: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.ContextVar(
@@ -50,7 +53,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Parameters
     ----------
-    name : {"cpu", "array_api"}
+    name : {"cpu", "cuda", "numba_cuda", "array_api"}
 
     Examples
     --------
@@ -72,26 +75,40 @@ def use_backend(name: str) -> Iterator[None]:
 def kernel(engine: str, problem: Any, array: Any) -> Any:
     """The kernel module that runs `problem` of `engine` for arrays like `array`."""
     found = arrays.library(array)
+    arrays.require_current_device(array)
     candidates = PREFERENCE.get(found, ("array_api",))
     passed_over = {}
     forced = _forced.get()
     if forced is not None:
         if forced not in candidates:
-            raise BackendError(f"backend {forced} does not take {found} arrays; "
-                               f"for these there is {', '.join(candidates)}")
+            raise BackendError(_not_for(forced, found, candidates))
         passed_over = {name: f"{forced} is forced" for name in candidates if name != forced}
         candidates = (forced,)
     for name in candidates:
-        module, reason = _load(engine, name)
-        if module is not None:
-            reason = module.refuses(problem)
-            if reason is None:
-                _record(engine, found, name, passed_over)
-                return module
+        reason = _requirements(name)(array)
+        if reason is None:
+            module, reason = _load(engine, name)
+            if module is not None:
+                reason = module.refuses(problem)
+                if reason is None:
+                    _record(engine, found, name, passed_over)
+                    return module
         passed_over[name] = reason
     _record(engine, found, None, passed_over)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise BackendError(f"no backend can run {engine} on {found} arrays: {reasons}")
+
+
+def _not_for(backend: str, library: str, candidates: tuple[str, ...]) -> str:
+    """Say that a forced backend does not take arrays of `library`, and what would help."""
+    if backend not in ON_GPU:
+        return (f"backend {backend} does not take {library} arrays; "
+                f"for these there is {', '.join(candidates)}")
+    from .kernels.cuda.device import unavailable
+
+    reason = unavailable()
+    return (f"backend {backend} takes CuPy arrays; got {library} arrays, and for these there is "
+            f"{', '.join(candidates)}" + (f". For CuPy arrays: {reason}" if reason else ""))
 
 
 @functools.cache
@@ -100,6 +117,13 @@ def _load(engine: str, backend: str) -> tuple[Any, str]:
     if importlib.util.find_spec(name) is None:
         return None, f"it has no kernel for {engine} yet"
     return importlib.import_module(name), ""
+
+
+@functools.cache
+def _requirements(backend: str) -> Callable[[Any], str | None]:
+    """What tells which requirements a backend misses, a function that its package may have."""
+    package = importlib.import_module(f"pyattn.kernels.{backend}")
+    return getattr(package, "missing", lambda array: None)
 
 
 def _record(engine: str, library: str, backend: str | None, passed_over: dict[str, str]) -> None:

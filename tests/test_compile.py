@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyattn.kernels import disk
 from pyattn.kernels.cpu import compile, host, threads
 from pyattn.kernels.cpu.jit import link
 
@@ -138,7 +139,7 @@ def cache(sample, tmp_path, monkeypatch) -> Cache:
         cache.compiled.append(kernel.py_func.__name__)
         return make(kernel, *tags)
 
-    monkeypatch.setenv(compile.CACHE_VARIABLE, str(cache.folder))
+    monkeypatch.setenv(disk.CACHE_VARIABLE, str(cache.folder))
     monkeypatch.setattr(link, "object_code", object_code)
     forget(monkeypatch)
     return cache
@@ -322,7 +323,7 @@ def test_only_this_user_can_write(cache, monkeypatch):
     double("float32")
     assert cache.compiled == ["double"] * 2
     monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
-    monkeypatch.setattr(compile, "ROOT", file.stat().st_uid + 2)
+    monkeypatch.setattr(disk, "ROOT", file.stat().st_uid + 2)
     forget(monkeypatch)
     double("float32")
     assert cache.compiled == ["double"] * 3
@@ -339,14 +340,14 @@ def test_nowhere_to_write(cache, monkeypatch, obstacle):
     if obstacle == "a file":
         cache.folder.write_text("not a folder")
     elif obstacle == "read-only":
-        monkeypatch.setattr(compile.tempfile, "mkstemp", refuse)
+        monkeypatch.setattr(disk.tempfile, "mkstemp", refuse)
     elif obstacle == "disk full":
         monkeypatch.setattr(Path, "replace", refuse)
     else:
-        monkeypatch.delenv(compile.CACHE_VARIABLE)
+        monkeypatch.delenv(disk.CACHE_VARIABLE)
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr(Path, "home", no_home)
-        assert sys.platform == "win32" or compile.cache_folder() is None
+        assert sys.platform == "win32" or disk.cache_folder() is None
     for _ in range(2):
         double("float32")
     assert cache.compiled == ["double"]
@@ -367,7 +368,7 @@ def test_where_the_cache_is(monkeypatch, system, environment, folder):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
-    assert compile.cache_folder() == Path(folder)
+    assert disk.cache_folder() == Path(folder)
 
 
 @pytest.fixture

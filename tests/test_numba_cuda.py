@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from pyattn.kernels import numba_cuda
+from pyattn.kernels.cuda.compile import INSTALL
 from pyattn.kernels.numba_cuda import softmax
 from table import Shape
 from test_attention import BY_NAME
@@ -212,7 +213,7 @@ def test_what_is_missing_is_named(monkeypatch, clean):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *args: None if name == "numba_cuda" else found(name, *args))
-    assert "pip install 'numba-cuda[cu13]'" in told()
+    assert f"numba_cuda: numba-cuda is not installed: {INSTALL}" in told()
 
 
 def test_importing_the_kernels_module_imports_no_numba():

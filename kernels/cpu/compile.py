@@ -7,15 +7,12 @@ of one kind; the name of its folder tells the sources, the versions of Numba and
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib
 import importlib.util
 import os
-import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from ..disk import cache_folder, read, write
 from . import host
 
 KINDS = {"float32": ("float32", "float32"), "float64": ("float64", "float64"),
@@ -33,10 +31,6 @@ KINDS = {"float32": ("float32", "float32"), "float64": ("float64", "float64"),
 ENTRY = "pyattn_kernel"
 """What object code calls its function."""
 
-CACHE_VARIABLE = "PYATTN_CACHE_DIR"
-DIGEST_BYTES = 32
-ROOT = 0
-WRITABLE_BY_OTHERS = 0o022
 SOURCES = Path(__file__).parent
 
 _lock = threading.RLock()
@@ -77,16 +71,17 @@ def _object_code(name: str, kind: str) -> tuple[int, bytes]:
     """Return how many integers the kernel takes, and its code."""
     folder = cache_folder()
     path = folder and folder / _key() / f"{name}-{kind}"
-    stored = path and _read(path)
-    if stored is None:
+    stored = read(path) if path else None
+    if not stored:
         from .jit.link import object_code
 
         module, _, function = name.rpartition(".")
         kernel = getattr(importlib.import_module(f"{__package__}.jit.{module}"), function)
-        stored = object_code(kernel, *KINDS[kind])
+        count, code = object_code(kernel, *KINDS[kind])
         if path:
-            _write(path, *stored)
-    return stored
+            write(path, bytes([count]) + code)
+        return count, code
+    return stored[0], stored[1:]
 
 
 def part(function: Callable[..., Any]) -> Any:
@@ -104,20 +99,6 @@ def part(function: Callable[..., Any]) -> Any:
 def kernel(function: Callable[..., Any]) -> Any:
     """Mark a kernel: it takes integers, then the tags `unit` and `operand`; see `native`."""
     return part(function)
-
-
-def cache_folder() -> Path | None:
-    """Return where compiled kernels are kept; None if this user has no home."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE])
-    try:
-        home = Path.home()
-    except RuntimeError:
-        return None
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "pyattn"
-    usual = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "pyattn"
 
 
 @functools.cache
@@ -139,39 +120,3 @@ def _numba_version() -> str:
         return ""
     file = Path(found.origin).with_name("_version.py")
     return file.read_text() if file.exists() else f"{found.origin} {file.parent.stat().st_mtime}"
-
-
-def _read(path: Path) -> tuple[int, bytes] | None:
-    """Return what `_write` stored, unless it is missing, damaged, or another user's."""
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            content = file.read()
-    except OSError:
-        return None
-    if hasattr(os, "getuid") and (
-            status.st_uid not in (os.getuid(), ROOT) or status.st_mode & WRITABLE_BY_OTHERS):
-        return None
-    digest, stored = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    if hashlib.sha256(stored).digest() != digest:
-        return None
-    return stored[0], stored[1:]
-
-
-def _write(path: Path, count: int, code: bytes) -> None:
-    """Keep the code, if anything can be written there; readers never meet half a file."""
-    stored = bytes([count]) + code
-    try:
-        for folder in (path.parent.parent, path.parent):
-            folder.mkdir(0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(stored).digest() + stored)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from pyattn.checks import OptionError
 
+from ..disk import cache_folder
 from . import host
-from .compile import KINDS, cache_folder
+from .compile import KINDS
 
 VARIABLE = "PYATTN_TUNING"
 

@@ -17,17 +17,18 @@ import functools
 import importlib.util
 from typing import Any
 
+from ..cuda.compile import INSTALL
+
 
 def missing(array: Any) -> str | None:
-    """Say what this machine lacks to run these kernels, and how to get it; None if nothing."""
+    """Say what these kernels lack on this machine, or None."""
     return _missing()
 
 
 @functools.cache
 def _missing() -> str | None:
     if importlib.util.find_spec("numba_cuda") is None:
-        return ("numba-cuda is not installed (pip install 'numba-cuda[cu13]', or [cu12] for an "
-                "older driver)")
+        return f"numba-cuda is not installed: {INSTALL}"
     from numba import config, cuda
 
     if config.ENABLE_CUDASIM or cuda.is_available():

@@ -198,9 +198,9 @@ def sum_cells(cells):
 def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
     """Return the kernel for a table by offset; blocks (part, head) take tiles of queries in turn.
 
-    Each adds to ``results.tables[part, head]``, whose numbers change their owners from tile to tile:
-    the barriers of the products lie in between. Where positions follow each other, as they do but
-    for packed segments, the pairs of a diagonal of a tile have one distance; else each thread looks
+    Each adds to ``results.tables[part, head]``, whose numbers change owners from tile to tile, with
+    the barriers of the products in between. Where positions follow each other, as they do but for
+    packed segments, the pairs of a diagonal of a tile have one distance; else each thread looks
     through the tile for the columns of the table that it owns.
     """
     NUMBER = tiling.dtype

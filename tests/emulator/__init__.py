@@ -1,0 +1,1 @@
+"""Executes the CUDA kernels' own text on the CPU, and judges what they do."""
