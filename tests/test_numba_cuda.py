@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -17,8 +18,8 @@ import pytest
 from pyattn.kernels import numba_cuda
 from pyattn.kernels.cuda.compile import INSTALL
 from pyattn.kernels.numba_cuda import softmax
-from table import Shape
-from test_attention import BY_NAME
+from table import CASES, SHAPES, Shape
+from test_attention import BY_NAME, judge
 
 import pyattn
 from pyattn import dispatch
@@ -86,6 +87,54 @@ class Compiler:
         ptx, _ = cuda.compile_ptx(kernel.py_func, tuple(map(type_of, arguments)),
                                   cc=self.capability)
         self.found[name] = ptx, threads
+        assert_takes(ptx, prepared(arguments))
+
+
+class Memory:
+    """Stands for memory on a GPU."""
+
+    __cuda_memory__ = True
+    _cuda_memsize_ = 1 << 30
+    device_ctypes_pointer = SimpleNamespace(value=4096)
+    device_pointer_value = 4096
+
+
+def viewed(x):
+    """The argument as it is for a GPU, but for its memory."""
+    from pyattn.kernels.numba_cuda import device
+
+    if isinstance(x, tuple):
+        return type(x)(*map(viewed, x))
+    if isinstance(x, np.ndarray):
+        return device.View(x.shape, x.strides, x.dtype, gpu_data=Memory())
+    return x
+
+
+def prepared(arguments):
+    """The numbers that Numba would hand to the driver for these arguments."""
+    from numba.cuda.cudadrv import devices
+    from numba.cuda.dispatcher import _Kernel
+    from numba.cuda.typing.typeof import typeof
+
+    numbers = []
+    kernel = SimpleNamespace(extensions=[])
+    kernel._prepare_args = functools.partial(_Kernel._prepare_args, kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        # an empty array asks for it
+        patch.setattr(devices, "get_context", lambda: None)
+        for x in arguments:
+            view = viewed(x)
+            assert typeof(view) == type_of(x)
+            kernel._prepare_args(typeof(view), view, 0, [], numbers)
+    return numbers
+
+
+def assert_takes(ptx, numbers):
+    """As many parameters as numbers, and no more than every GPU and driver takes."""
+    entry = ptx[ptx.index(".entry"):]
+    parameters = re.findall(r"\.param \.(?:align \d+ \.)?[a-z](\d+)", entry[:entry.index(")")])
+    assert len(parameters) == len(numbers)
+    assert sum(max(8, int(bits) // 8) for bits in parameters) <= 4096
 
 
 def type_of(x):
@@ -158,18 +207,14 @@ def assert_fits(name, ptx, threads, capability):
 
 
 @needs_numba_cuda
-def test_arrays_on_a_gpu_have_the_type_that_is_compiled():
-    """Whatever their strides: a contiguous array is no type of its own."""
+def test_arrays_on_a_gpu_have_one_type_whatever_their_strides():
     from numba.cuda.typing.typeof import typeof
-    from pyattn.kernels.numba_cuda import device, launch
+    from pyattn.kernels.numba_cuda import device
 
-    memory = SimpleNamespace(__cuda_memory__=True, _cuda_memsize_=1 << 20)
     for dtype in (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8):
         for strides in ((96, 48, 8), (8, 8, 8), (0, -16, 8)):
-            x = np.empty((2, 2, 6), dtype)
-            view = device.View(x.shape, strides, x.dtype, gpu_data=memory)
-            given = launch.Deltas(view)
-            assert typeof(given) == type_of(launch.Deltas(x))
+            view = device.View((2, 2, 6), strides, np.dtype(dtype), gpu_data=Memory())
+            assert typeof(view) == type_of(np.empty((2, 2, 6), dtype))
 
 
 # refused
@@ -221,3 +266,28 @@ def test_importing_the_kernels_module_imports_no_numba():
         [sys.executable, "-c", "import sys, pyattn.kernels.numba_cuda.softmax as s;"
          "assert 'numba' not in sys.modules and s.INDEXED is False"], check=False)
     assert done.returncode == 0
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(numba_cuda.missing(None) is not None, reason=str(numba_cuda.missing(None)))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_on_a_gpu(case, dtype):
+    cupy = pytest.importorskip("cupy")
+    for shape in (SHAPES[5], SHAPES[6], SHAPES[7]):
+        drawn = case.make(shape, dtype)
+        arrays = {name: cupy.asarray(x) for name, x in drawn.arrays.items()}
+        rng = np.random.default_rng(7)
+        with pyattn.use_backend("numba_cuda"):
+            (out, lse), saved = pyattn.attention.forward(**arrays, **drawn.options,
+                                                         return_lse=True)
+            dout = rng.standard_normal(out.shape).astype(dtype)
+            dlse = rng.standard_normal(lse.shape).astype(lse.dtype)
+            grads = saved.backward(cupy.asarray(dout), cupy.asarray(dlse))
+            again = saved.backward(cupy.asarray(dout), cupy.asarray(dlse))
+        for x, y in zip(grads, again, strict=True):
+            np.testing.assert_array_equal(x.get(), y.get())
+        judge(drawn, out.get(), lse.get(), dout, dlse, type(grads)(*(x.get() for x in grads)))

@@ -74,8 +74,12 @@ class Simulator(Device):
 
 if not SIMULATED:
     from numba import types
+    from numba.cuda.core import config
     from numba.cuda.cudadrv.devicearray import DeviceNDArray
     from numba.cuda.np import numpy_support
+
+    # a short sequence has few blocks, which is not the caller's to mend
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
     class View(DeviceNDArray):
         """Memory of any strides, of one type to Numba whether it is contiguous or not.
