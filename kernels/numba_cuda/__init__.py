@@ -10,3 +10,27 @@ no GPU at all. Read in this order:
 ``terms``      the gradients of what was added to the scores
 ``launch``     from a `Problem` to arguments, grids and results
 """
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+from ..cuda.compile import INSTALL
+
+
+def missing(array: Any) -> str | None:
+    """Say what these kernels lack on this machine, or None."""
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("numba_cuda") is None:
+        return f"numba-cuda is not installed: {INSTALL}"
+    from numba import config, cuda
+
+    if config.ENABLE_CUDASIM or cuda.is_available():
+        return None
+    return "Numba finds no GPU, or no driver (see `numba -s`, section CUDA)"

@@ -1,4 +1,4 @@
-"""The seam between launch code and where kernels run: CuPy, Numba's own arrays, or the simulator.
+"""The seam between launch code and where kernels run: a GPU with CuPy's arrays, or the simulator.
 
 Nothing here waits for the GPU, but the first copy of what tells kernels where to go.
 """
@@ -16,7 +16,6 @@ import numpy as np
 from numba import cuda
 
 from pyattn.arrays import Array
-from pyattn.checks import BackendError
 
 from .compile import SIMULATED
 
@@ -52,26 +51,35 @@ class Simulator(Device):
     """NumPy arrays in Numba's simulator, which takes those in tuples as they are."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return an array of the caller's kind."""
         return np.empty(shape, dtype)
 
     def view(self, x: Array) -> Any:
+        """Return `x` as kernels take it."""
         return x
 
     def constant(self, x: np.ndarray) -> Any:
+        """Return what a host array holds."""
         return x
 
     def kept(self, owner: Any, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned first."""
         return make()
 
     def launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+        """Run a kernel."""
         if blocks:
             kernel[blocks, threads](*arguments)
 
 
 if not SIMULATED:
     from numba import types
+    from numba.cuda.core import config
     from numba.cuda.cudadrv.devicearray import DeviceNDArray
     from numba.cuda.np import numpy_support
+
+    # a short sequence has few blocks, which is not the caller's to mend
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
     class View(DeviceNDArray):
         """Memory of any strides, of one type to Numba whether it is contiguous or not.
@@ -84,20 +92,30 @@ if not SIMULATED:
             return types.Array(numpy_support.from_dtype(self.dtype), self.ndim, "A")
 
     class Gpu(Device):
-        """A GPU. Constants are allocated and copied by Numba, results by `library`."""
+        """A GPU: results from CuPy's pool, kernels on its current stream.
 
-        def __init__(self, number: int) -> None:
-            self.number = number
+        Constants are Numba's, whose memory is not given to others while kernels may read it.
+        """
+
+        def __init__(self) -> None:
             self.constants: collections.OrderedDict[bytes, Any] = collections.OrderedDict()
             self.owned: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
             self.lock = threading.Lock()
 
+        def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+            """Return an array of the caller's kind."""
+            import cupy
+
+            return cupy.empty(shape, dtype)
+
         def view(self, x: Array) -> Any:
+            """Return `x` as kernels take it."""
             # arrays tell the stream that they are made on: ours, so there is none to wait for
             array = cuda.as_cuda_array(x, sync=False)
             return View(array.shape, array.strides, array.dtype, gpu_data=array.gpu_data)
 
         def constant(self, x: np.ndarray) -> Any:
+            """Return what a host array holds."""
             x = np.ascontiguousarray(x)
             key = hashlib.blake2b(x, digest_size=16, person=x.dtype.str.encode()[:16],
                                   salt=str(x.shape).encode()[:16]).digest()
@@ -110,6 +128,7 @@ if not SIMULATED:
                 return self.constants[key]
 
         def kept(self, owner: Any, make: Callable[[], Any]) -> Any:
+            """Return what `make` returned first."""
             with self.lock:
                 found = self.owned.get(owner)
             if found is None:
@@ -124,30 +143,13 @@ if not SIMULATED:
             cuda.default_stream().synchronize()
             return View(x.shape, x.strides, x.dtype, gpu_data=copy.gpu_data)
 
-    class CupyGpu(Gpu):
-        """CuPy arrays: results from its pool, kernels on its current stream."""
-
-        def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-            import cupy
-
-            return cupy.empty(shape, dtype)
-
         def launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+            """Run a kernel."""
             import cupy
 
             if blocks:
                 stream = cupy.cuda.get_current_stream().ptr
                 kernel[blocks, threads, cuda.external_stream(stream) if stream else 0](*arguments)
-
-    class NumbaGpu(Gpu):
-        """Numba's device arrays, on its default stream."""
-
-        def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-            return cuda.device_array(shape, dtype)
-
-        def launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
-            if blocks:
-                kernel[blocks, threads](*arguments)
 
 
 _devices: dict[tuple[str, int], Device] = {}
@@ -155,20 +157,14 @@ _lock = threading.Lock()
 
 
 def of(x: Array) -> Device:
-    """Return the device of `x`, which must be the current one."""
+    """Return the device of `x`, which is CuPy's current one."""
     if SIMULATED:
         return _known(("simulator", 0), Simulator)
-    current = cuda.get_current_device().id
-    if type(x).__module__.partition(".")[0] == "cupy":
-        own = x.device.id
-        found = _known(("cupy", own), lambda: CupyGpu(own))
-    else:
-        own = cuda.as_cuda_array(x, sync=False).gpu_data.context.device.id
-        found = _known(("numba", own), lambda: NumbaGpu(own))
-    if own != current:
-        raise BackendError(f"q is on GPU {own}, but GPU {current} is the current one; use "
-                           f"`with cupy.cuda.Device({own})`")
-    return found
+    own = x.device.id
+    # each thread has a current device for Numba, too, which does not follow CuPy's
+    if cuda.get_current_device().id != own:
+        cuda.select_device(own)
+    return _known(("gpu", own), Gpu)
 
 
 def _known(key: tuple[str, int], make: Callable[[], Device]) -> Device:

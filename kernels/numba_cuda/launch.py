@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pyattn.arrays import Array, dtype_name
+from pyattn.arrays import Array, dtype_name, namespace
 
 from . import backward as backward_kernels
 from . import device, pairs, terms
@@ -62,7 +62,7 @@ def accumulator(x: Array) -> Any:
 def inputs(problem: Any, on: Device) -> Inputs:
     """Return the arguments that all kernels share."""
     number = accumulator(problem.q)
-    batch, heads, n, _ = problem.q.shape
+    _, heads, n, _ = problem.q.shape
     m = problem.k.shape[2]
     blocks, form = problem.blocks, problem.gate_form
     nothing = on.constant(np.zeros((1, 1, 1, 1), number))
@@ -117,7 +117,8 @@ def inputs(problem: Any, on: Device) -> Inputs:
 
 def _blocks(blocks: Any, on: Device) -> dict[str, Any]:
     """Return the runs and bits of a BlockMask on the device."""
-    rows, columns = (Runs(*(on.constant(x) for x in runs)) for runs in (blocks.rows, blocks.columns))
+    rows, columns = (Runs(*(on.constant(x) for x in runs))
+                     for runs in (blocks.rows, blocks.columns))
     # byte x of row i of a tile has columns 8x to 8x + 7
     words = np.ascontiguousarray(blocks.bits, dtype="<u8")
     return {"rows": rows, "columns": columns,
@@ -126,27 +127,7 @@ def _blocks(blocks: Any, on: Device) -> dict[str, Any]:
 
 def broadcast(x: Array, shape: tuple[int, ...]) -> Array:
     """Return a view of `x` with stride 0 along axes of length 1 that are longer in `shape`."""
-    if tuple(x.shape) == shape:
-        return x
-    if isinstance(x, np.ndarray):
-        return np.broadcast_to(x, shape)
-    return Broadcast(x, shape)
-
-
-class Broadcast:
-    """An array of any library with the CUDA array interface, broadcast without its help."""
-
-    def __init__(self, x: Array, shape: tuple[int, ...]) -> None:
-        known = dict(x.__cuda_array_interface__)
-        strides = known.get("strides")
-        if strides is None:
-            size = np.dtype(known["typestr"]).itemsize
-            strides = tuple(size * math.prod(x.shape[axis + 1:]) for axis in range(len(x.shape)))
-        known["strides"] = tuple(0 if own != wanted else stride for own, wanted, stride
-                                 in zip(x.shape, shape, strides, strict=True))
-        known["shape"] = shape
-        known.pop("stream", None)
-        self.array, self.__cuda_array_interface__ = x, known
+    return namespace(x).broadcast_to(x, shape)
 
 
 def forward(problem: Any) -> tuple[Array, Array]:

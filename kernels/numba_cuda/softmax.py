@@ -9,30 +9,16 @@ Numba is imported by the first problem that is not refused for what is missing h
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 from pyattn.arrays import Array, dtype_name
 
 from ..array_api.softmax import weights as dense_weights
+from . import missing
 
 INDEXED = False
 
 DTYPES = ("float16", "float32", "float64")
-
-
-@functools.cache
-def missing() -> str | None:
-    """Return what this machine lacks to run the kernels, and how to get it; None if nothing."""
-    if importlib.util.find_spec("numba_cuda") is None:
-        return ("numba-cuda is not installed (pip install 'numba-cuda[cu13]', or [cu12] where the "
-                "driver is older)")
-    from numba import config, cuda
-
-    if config.ENABLE_CUDASIM or cuda.is_available():
-        return None
-    return "there is no GPU that Numba can use (`python -c 'from numba import cuda; cuda.detect()'`)"
 
 
 def refuses(problem: Any) -> str | None:
@@ -41,9 +27,9 @@ def refuses(problem: Any) -> str | None:
              "gate": problem.gate and problem.gate.array, "offsets": problem.offsets}
     for name, x in given.items():
         if x is not None and dtype_name(x) not in DTYPES:
-            return (f"{name} may be {', '.join(DTYPES)}; got {dtype_name(x)}, which Numba has no "
-                    "arrays of")
-    return missing()
+            return (f"{name} may be {', '.join(DTYPES)}; got {dtype_name(x)}, of which Numba has "
+                    "no arrays")
+    return missing(problem.q)
 
 
 def forward(problem: Any) -> tuple[Array, Array]:
@@ -68,5 +54,5 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
 
 
 def weights(problem: Any, lse: Array) -> Array:
-    """The probabilities before dropout, (B, H, N, M): dense by definition, so by array functions."""
+    """The probabilities before dropout, (B, H, N, M): dense, so whole-array functions do."""
     return dense_weights(problem, lse)

@@ -198,8 +198,9 @@ def sum_cells(cells):
 def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
     """Return the kernel for a table by offset; blocks (part, head) take tiles of queries in turn.
 
-    Each adds to ``results.tables[part, head]``. Where positions follow each other, as they do but
-    for packed segments, the pairs of a diagonal of a tile have one distance; else each thread looks
+    Each adds to ``results.tables[part, head]``, whose numbers change owners from tile to tile, with
+    the barriers of the products in between. Where positions follow each other, as they do but for
+    packed segments, the pairs of a diagonal of a tile have one distance; else each thread looks
     through the tile for the columns of the table that it owns.
     """
     NUMBER = tiling.dtype
@@ -227,7 +228,6 @@ def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
 
         for x in range(thread, width, threads):
             table[x] = 0
-        cuda.syncthreads()
         for unit in range(part, batch * tiles, parts):
             b, i0 = unit // tiles, unit % tiles * ROWS
             queries, keys = p.q_lengths[b], p.kv_lengths[b]
@@ -268,7 +268,6 @@ def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
                                 entry = column_of(p, b, i0 + r, j0 + x, width)
                                 if entry % threads == thread:
                                     table[entry] += sums[x, r]
-                    cuda.syncthreads()
 
     return by_distance
 

@@ -31,10 +31,14 @@ class Tiling:
     slab: int
     """How many rows of v (or k, q, dout) are in shared memory at a time."""
     dtype: Any
-    """What sums are carried in."""
+    """What sums are carried in.
+
+    There are as many rows as columns, and `depth` is at least half of that: two slices hold a tile.
+    """
 
     @property
     def threads(self) -> int:
+        """How many threads a block has."""
         return self.thread_rows * self.thread_columns
 
 
