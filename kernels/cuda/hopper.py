@@ -113,7 +113,9 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     # sums of both products of 128 columns take nearly all registers that there are
     registers = ({"SERVE_REGISTERS": 32, "COMPUTE_REGISTERS": 240} if q.shape[3] == 128 else {})
     launch.run("hopper_backward_keys", STAGES=4, **registers)
-    return {"q": dq, "k": dk, "v": dv, "scale": namespace(q).sum(parts, axis=(0, 2))}
+    with np.errstate(all="ignore"):
+        dscale = namespace(q).sum(parts, axis=(0, 2))
+    return {"q": dq, "k": dk, "v": dv, "scale": dscale}
 
 
 def _mappable(x: Array) -> bool:
@@ -165,12 +167,12 @@ def _steps(walk: Walk, layout: np.ndarray, lengths: np.ndarray, walked: np.ndarr
 
 
 def _items(steps: np.ndarray, groups: int, group_bytes: int) -> np.ndarray:
-    """List the lines of all heads (or groups), (line, batch item, head, steps), as blocks take them.
+    """List the lines of all heads (or groups) as blocks take them: line, batch item, head, steps.
 
     Those that take longest come first, but heads that walk the same tokens stay together: as many
     as have theirs in the cache, `group_bytes` for each of `groups`.
     """
-    batch, heads, lines = steps.shape
+    heads = steps.shape[1]
     item, head, line = (x.ravel() for x in np.indices(steps.shape, np.int32))
     section = (item * groups + head // (heads // groups)) // max(1, CACHE_BYTES // group_bytes)
     order = np.lexsort((head, item, -steps.ravel(), section))
@@ -265,7 +267,8 @@ class _Launch:
         """Launch as many blocks as have items, one to a multiprocessor at most."""
         given = {"BRAIN": int(dtype_name(self.problem.q) == "bfloat16"),
                  "D": self.problem.q.shape[3], "GROUPS": GROUPS,
-                 "SERVE_REGISTERS": SERVE_REGISTERS, "COMPUTE_REGISTERS": COMPUTE_REGISTERS} | macros
+                 "SERVE_REGISTERS": SERVE_REGISTERS, "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
+                 **macros}
         kernel = Kernel(f"{name}.cu", name, tuple(given.items()), 128 * (1 + GROUPS),
                         architecture_specific=True)
         shared = _shared_bytes(name, given["D"], given["STAGES"])

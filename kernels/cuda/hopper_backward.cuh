@@ -25,7 +25,8 @@ enum {
     BARRIERS = FOUND + STAGES * NOTE,
     SHARED_BYTES = BARRIERS + 8 * (2 + 5 * STAGES),
 
-    INSPECTORS = 2                      // warps
+    INSPECTORS = 2,                     // warps
+    TOGETHER = 1                        // named barriers of the groups
 };
 
 struct Barriers {

@@ -176,6 +176,8 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             release(at.empty + 8 * stage);
             turn.advance();
         }
+        // products of all its warps have read what results lie in on their way
+        barrier_sync(TOGETHER + group, GROUP);
         finish(a, item, group, state, dq, shared);
         if (item.steps > 0) {
             async_proxy_fence();

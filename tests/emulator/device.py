@@ -33,11 +33,11 @@ class EmulatorError(AssertionError):
 
 
 class _Region(ctypes.Structure):
-    _fields_ = [("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64)]  # noqa: RUF012
+    _fields_ = [("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64)]
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("seed", ctypes.c_uint32), ("races", ctypes.c_uint32), ("uninitialised", ctypes.c_uint32),
         ("conflicts", ctypes.c_uint32), ("step_limit", ctypes.c_uint64),
         ("region_count", ctypes.c_uint64), ("regions", ctypes.POINTER(_Region))]
@@ -142,7 +142,7 @@ class _Driver:
     MAGIC = 0x70616D726F736E74
 
     @staticmethod
-    def cuTensorMapEncodeTiled(place, kind, rank, address, sizes, strides, box, steps,  # noqa: N802
+    def cuTensorMapEncodeTiled(place, kind, rank, address, sizes, strides, box, steps,
                                interleave, swizzle, promotion, outside):
         assert (rank, interleave, swizzle, outside) == (4, 0, 3, 0)
         assert list(steps) == [1, 1, 1, 1]
