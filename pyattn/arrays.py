@@ -1,7 +1,8 @@
 """Which library an array is from, what its dtype is called, and how it gets to the host.
 
 No array library but NumPy is imported here: a CuPy or torch array can only exist once its library
-has been imported by whoever made it. Plain NumPy arrays are told by their type alone: asking
+has been imported by whoever made it. (The exception: arrays of a library that only lends its memory
+on a GPU, as Numba's, are taken as CuPy's.) Plain NumPy arrays are told by their type alone: asking
 array-api-compat takes longer than a small attention.
 """
 
@@ -70,6 +71,51 @@ def namespace(*arrays: Array) -> Any:
         raise BackendError(f"all arrays must be of one library; got {', '.join(kinds)}") from None
 
 
+_PLAIN = frozenset({np.ndarray, type(None), bool, int, float, str, np.dtype})
+"""Types of arguments that are no arrays on a GPU, whatever they hold."""
+
+CUDA_DEVICES = (2, 13)
+"""DLPack's numbers of memory on CUDA GPUs, and of memory that these share with the host."""
+
+
+def taken(arguments: Any) -> Any:
+    """Arguments, in which arrays that lie on a GPU and are of no array-API library become CuPy's.
+
+    Memory is shared, by ``__cuda_array_interface__`` or DLPack. Containers that hold no such array
+    are returned as they are.
+    """
+    if not _lends(arguments):
+        return arguments
+    if isinstance(arguments, dict):
+        return {name: taken(x) for name, x in arguments.items()}
+    if isinstance(arguments, tuple | list):
+        return type(arguments)(map(taken, arguments))
+    try:
+        import cupy
+    except ImportError as error:
+        raise BackendError(f"arrays of {type(arguments).__module__} on a GPU are used through "
+                           f"CuPy, which cannot be imported ({error}): "
+                           'pip install "pyattn[cuda13]"') from None
+    if hasattr(arguments, "__cuda_array_interface__"):
+        return cupy.asarray(arguments)
+    return cupy.from_dlpack(arguments)
+
+
+def _lends(x: Any) -> bool:
+    """Whether `x` is, or holds, an array on a GPU of a library that is not array-API's."""
+    kind = type(x)
+    if kind in _PLAIN:
+        return False
+    if kind is dict:
+        return any(map(_lends, x.values()))
+    if kind is tuple or kind is list:
+        return not _PLAIN.issuperset(map(type, x)) and any(map(_lends, x))
+    if hasattr(kind, "__cuda_array_interface__"):
+        return not array_api_compat.is_array_api_obj(x)
+    return (hasattr(kind, "__dlpack_device__") and not array_api_compat.is_array_api_obj(x)
+            and x.__dlpack_device__()[0] in CUDA_DEVICES)
+
+
 def require_same_device(named: dict[str, Array]) -> None:
     """Raise BackendError unless all arrays live on one device; nothing is ever moved silently."""
     if _all_numpy(named.values()):
@@ -132,7 +178,8 @@ def from_host(xp: Any, x: np.ndarray, device: Any = None) -> Array:
     x = np.array(x)
     if xp.__name__.endswith("torch") and x.dtype.name == "bfloat16":
         return xp.asarray(x.view(np.int16), device=device).view(xp.bfloat16)
-    return xp.asarray(x, device=device)
+    # a library's own namespace may know no devices
+    return xp.asarray(x) if device is None else xp.asarray(x, device=device)
 
 
 def reshape(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
@@ -150,7 +197,10 @@ def cast(xp: Any, x: Array, dtype: Any) -> Array:
 
 def added(total: Array, x: Array) -> Array:
     """Return `total` + `x`; `total` is ours, so it may be written to where that saves an array."""
-    if type(total) is np.ndarray and total.flags.writeable:
+    kind = type(total)
+    # CuPy's arrays do not tell whether they are repeated along an axis; such are not contiguous
+    if (total.flags.writeable if kind is np.ndarray else
+            array_api_compat.is_cupy_array(total) and total.flags.c_contiguous):
         total += x
         return total
     return total + x

@@ -48,10 +48,14 @@ def differentiable(forward: Callable[P, tuple[Out, Any]]) -> Operation[P, Out]:
     """
 
     @functools.wraps(forward)
-    def operation(*args: P.args, **kwargs: P.kwargs) -> Out:
-        return forward(*args, **kwargs)[0]
+    def on_taken(*args: P.args, **kwargs: P.kwargs) -> tuple[Out, Any]:
+        return forward(*arrays.taken(args), **arrays.taken(kwargs))
 
-    operation.forward = forward  # type: ignore[attr-defined]  # a function may bear it
+    @functools.wraps(forward)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> Out:
+        return on_taken(*args, **kwargs)[0]
+
+    operation.forward = on_taken  # type: ignore[attr-defined]  # a function may bear it
     return cast("Operation[P, Out]", operation)
 
 
@@ -67,6 +71,16 @@ ON_HOST = {"on_host": True}
 
 class Saved:
     """What a forward keeps for its backward. Subclasses are frozen dataclasses."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = cls.__dict__.get("backward")
+        if own is not None:
+            @functools.wraps(own)
+            def backward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return own(self, *arrays.taken(args), **arrays.taken(kwargs))
+
+            cls.backward = backward  # type: ignore[attr-defined]
 
     @property
     def decisions(self) -> dict[str, Array]:

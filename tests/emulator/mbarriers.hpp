@@ -153,10 +153,7 @@ static void land_box(const DescribedArray& array, u32 to, const i64 (&from)[4], 
             }
             u32 address = to + row * 128 + column * 2;
             address ^= (address >> 7 & 7) << 4;
-            if (options.races) {
-                shadow.land(cell_of(address), 0xff, copier);
-            }
-            note_shared(address, 16, Access::WRITE, copier, site);
+            note_landing(address, 16, copier, site);
             memcpy(shared_bytes_at(address), chunk, 16);
         }
     }
@@ -188,11 +185,11 @@ static void start_box(u32 to, const void* map, u32 mbarrier, const i64 (&from)[4
     for (u32 address = to; address < to + bytes; address += 16) {
         check_place(address, 16, site);
         check_fenced(address, "copy", site);
-        note_shared(address, 16, Access::FLIGHT, copier, site);
+        note_flight(address, 16, copier, site);
         stores[cell_of(address)] = Store();
     }
     memset(shared_bytes_at(to), POISON, bytes);
-    auto land = [=] {
+    start_agent([=] {
         land_box(array, to, from, copier, site);
         Mbarrier& barrier = mbarrier_at(mbarrier, site);
         if (options.races) {
@@ -200,10 +197,7 @@ static void start_box(u32 to, const void* map, u32 mbarrier, const i64 (&from)[4
         }
         barrier.bytes -= bytes;
         end_phase(barrier);
-    };
-    // copies may overtake each other
-    const size_t place = options.seed == 0 ? agents.size() : random_number() % (agents.size() + 1);
-    agents.insert(agents.begin() + place, land);
+    });
 }
 
 }  // namespace emulator

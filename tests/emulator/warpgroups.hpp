@@ -2,6 +2,9 @@
 // are poison, and neither they nor operands in registers may be touched.
 #pragma once
 
+#include <deque>
+
+#include "formats.hpp"
 #include "mbarriers.hpp"
 
 namespace emulator {

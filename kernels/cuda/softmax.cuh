@@ -1,0 +1,90 @@
+// softmax.cuh -- what the kernels of softmax attention share: the problem, and which pairs of a step
+// a thread's rows may meet. softmax.py has the same structs as NumPy dtypes.
+#pragma once
+#include "nonfinite.cuh"
+#include "terms.cuh"
+#include "walk.cuh"
+
+struct Problem {
+    Operand q, k, v;
+    TileLists lists;            // lines of queries, or of keys for kernels that own keys
+    const int* q_lengths;       // (batch,)
+    const int* kv_lengths;
+    int batch, heads, groups, n, m, d, e;
+    Scores scores;
+};
+
+DEVICE u64 first_bits(int count) {
+    return count >= 64 ? ~u64(0) : count <= 0 ? u64(0) : (u64(1) << count) - 1;
+}
+
+// The columns of a tile that a row of it may meet, if `columns` of them are there.
+DEVICE u64 bits_of_row(const TileLists& lists, int kind, int row, int columns) {
+    const u64 bits = kind >= 0 ? lists.bits[i64(kind) * TILE + row] : kind == FULL ? ~u64(0) : u64(0);
+    return bits & first_bits(columns);
+}
+
+// The share of exp(x) in exp(x) + exp(y).
+DEVICE Sum share_beside(Sum x, Sum y) {
+    return x == -INFINITE ? Sum(0) : 1 / (1 + power_of_2((y - x) * LOG2_E));
+}
+
+DEVICE Sum log_of_sum(Sum x, Sum y) {
+    const Sum most = larger(x, y);
+    if (most == -INFINITE)
+        return most;
+    const Sum sum = power_of_2((x - most) * LOG2_E) + power_of_2((y - most) * LOG2_E);
+    return most + log_2(sum) * LN_2;
+}
+
+// What a pair of the backward comes to.
+struct Pair {
+    Sum weight;         // as it met v
+    Sum dscore;         // of the softcapped score, as bias and offsets saw it
+    Sum dgate;
+    Sum slope;          // d softcapped / d scaled
+    bool seen;          // whether q, k, v and dout meet through it
+};
+
+// `product` is q.k, `pull` is dout.v; lse2 is the row's log-sum-exp in units of log 2. The pair may
+// be `allowed` by mask and lengths; if not, nothing of it is looked at.
+DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool allowed, Sum product,
+                    Sum scale, Sum lse2, Sum pull, Sum delta) {
+    Pair pair = {0, 0, 0, 1, allowed};
+#if TERMS
+    if (!allowed)
+        return pair;
+    bool hidden = false;
+    const Sum score = score_of(s, query, key, product, scale, pair.slope, hidden);
+    if (hidden) {
+        pair.seen = false;
+        return pair;
+    }
+    Sum weight = power_of_2(score - lse2);
+    Sum keep = 1;
+    if (HAS(DROPOUT) && s.threshold) {
+        // forward: out = (weight * keep) v
+        keep = kept(s, query, key);
+        pull *= keep;
+    }
+    pull -= delta;
+    if (HAS(GATE) && s.gate.at) {
+        // forward: weight = gate exp(score - lse)
+        bool rises;
+        const Sum gate = gate_of(s, query, key, rises);
+        pair.dgate = rises ? weight * pull : Sum(0);
+        if (gate == 0) {
+            pair.seen = false;
+            return pair;
+        }
+        weight *= gate;
+    }
+    pair.dscore = weight * pull;
+    pair.weight = weight * keep;
+#else
+    const Sum weight = power_of_2(times_plus(product, scale * LOG2_E, -lse2));
+    pair.weight = allowed ? weight : Sum(0);
+    pair.dscore = allowed ? weight * (pull - delta) : Sum(0);
+#endif
+    return pair;
+}
