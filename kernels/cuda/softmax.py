@@ -15,6 +15,7 @@ import numpy as np
 from pyattn.arrays import Array, dtype_name
 
 from . import device as devices
+from . import term_gradients
 from .device import Device, Kernel
 from .layout import (
     ELEMENTS,
@@ -75,7 +76,8 @@ def refuses(problem: Any) -> str | None:
     if (forward_tiling(name, rounded(d), chunk_of_values(name, e), ALL_TERMS,
                        device.shared_memory) is None
             or backward_tiling(name, rounded(d), rounded(e), 1, ALL_TERMS,
-                               device.shared_memory) is None):
+                               device.shared_memory) is None
+            or terms_tiling(name, rounded(d), rounded(e), device.shared_memory) is None):
         return (f"a block of {name} with widths {d} and {e} does not fit the "
                 f"{device.shared_memory} bytes of shared memory that {device.name} has")
     return None
@@ -258,9 +260,13 @@ def sums_room(name: str) -> int:
     return {"float64": 64, "float32": 128}.get(name, 256)
 
 
-def column_chunk(width: int, room: int) -> int:
-    """Return how many columns a launch sums, where `room` is for so many."""
-    return min(rounded(width), room)
+def column_chunk(name: str, width: int) -> int:
+    """Return how many columns a launch sums: a part of the width that ends with a panel."""
+    panel = max(16, 128 // item_bytes(name))
+    width, room = rounded(width), sums_room(name)
+    return next(width // parts for parts in range(1, width)
+                if width // parts <= room and width % parts == 0
+                and (parts == 1 or width // parts % panel == 0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -313,10 +319,9 @@ def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
     if d + e <= room:
         launches = [(d, e, 0, 0)]
     else:
-        launches = [(column_chunk(call.d, room), 0, first, 0)
-                    for first in range(0, call.d, column_chunk(call.d, room))]
-        launches += [(0, column_chunk(call.e, room), 0, first)
-                     for first in range(0, call.e, column_chunk(call.e, room))]
+        dk, dv = column_chunk(call.name, call.d), column_chunk(call.name, call.e)
+        launches = [(dk, 0, first, 0) for first in range(0, call.d, dk)]
+        launches += [(0, dv, 0, first) for first in range(0, call.e, dv)]
     arguments = np.zeros((), struct(
         ("problem", call.structs["problem"]), ("dout", OPERAND), ("dk", OPERAND), ("dv", OPERAND),
         *fields("u8", "wide_dk wide_dv lse delta"),
@@ -340,7 +345,7 @@ def launch_queries(call: Call, found: dict[str, Array], dout: Array, lse: Array,
                    delta: Array) -> Array:
     """Compute the gradient of q; return that of the scale, (H,)."""
     device, d, e = call.device, rounded(call.d), rounded(call.e)
-    chunk = column_chunk(call.d, sums_room(call.name))
+    chunk = column_chunk(call.name, call.d)
     tiling = backward_tiling(call.name, d, e, chunk, call.terms, device.shared_memory)
     assert tiling is not None
     arguments = np.zeros((), struct(
@@ -370,7 +375,73 @@ def put_result(call: Call, arguments: np.ndarray, name: str, x: Array, *, wide: 
 
 def gradients_of_terms(call: Call, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
     """Return the gradients of bias, gate and offsets, where given."""
-    return {}
+    p, device, acc = call.p, call.device, np.dtype(call.sums)
+    wanted = 2 * device.multiprocessors
+    found: dict[str, Array] = {}
+
+    def add_up(pieces: term_gradients.Pieces, of_gate: bool) -> Array:
+        return launch_terms(call, pieces, of_gate, dout, lse, delta)
+
+    def of_table(name: str, shape: tuple[int, int]) -> Array:
+        table = term_gradients.of_table(add_up, device, p, shape, name == "gate", wanted, acc)
+        # packed sequences, whose tiles have no diagonals
+        return table if table is not None else slow()[name]
+
+    @functools.cache
+    def slow() -> dict[str, Array]:
+        from pyattn.kernels.array_api import softmax
+
+        return softmax.backward(p, dout, lse, delta)
+
+    if p.bias is not None:
+        found["bias"] = term_gradients.of_array(add_up, device, p, p.bias, 1, False, wanted, acc)
+    if p.gate is not None and p.gate_form.by_offset:
+        _, heads, _, width = p.gate.array.shape
+        found["gate"] = of_table("gate", (heads, width))
+    elif p.gate is not None:
+        found["gate"] = term_gradients.of_array(add_up, device, p, p.gate, p.gate_form.block, True,
+                                                wanted, acc)
+        if p.gate_form.ramp:
+            # forward: gate = clip((ramp + span - distance) / ramp, 0, 1)
+            found["gate"] = found["gate"] / acc.type(p.gate_form.ramp)
+    if p.offsets is not None:
+        found["offsets"] = of_table("offsets", p.offsets.shape)
+    return found
+
+
+def terms_tiling(name: str, d: int, e: int, shared: int) -> Tiling | None:
+    """Return how the gradients of terms are divided."""
+    load = {"float64": 16, "float32": 32}.get(name, 64)
+    choices = [Tiling(1, 4, load, 16, 1), Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
+    return next((x for x in choices if terms_shared(name, x, d, e) <= shared), None)
+
+
+def terms_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
+    panels = sum(-(-width * item_bytes(name) // 128) * 128 for width in (d, e))
+    return (tiling.rows + tiling.load) * panels
+
+
+def launch_terms(call: Call, pieces: term_gradients.Pieces, of_gate: bool, dout: Array, lse: Array,
+                 delta: Array) -> Array:
+    """Return the sums (P, 64, 64) of pieces."""
+    device, d, e = call.device, rounded(call.d), rounded(call.e)
+    tiling = terms_tiling(call.name, d, e, device.shared_memory)
+    assert tiling is not None
+    sums = device.empty((len(pieces.pieces), TILE, TILE), np.dtype(call.sums))
+    arguments = np.zeros((), struct(
+        ("problem", call.structs["problem"]), ("dout", OPERAND),
+        *fields("u8", "lse delta pieces tiles pairs sums"), *fields("i4", "of_gate")))
+    arguments["problem"] = call.problem(1)
+    arguments["dout"] = operand(device, dout)
+    for name, x in (("lse", lse), ("delta", delta), ("sums", sums)):
+        arguments[name] = device.address(x)
+    for name in ("pieces", "tiles", "pairs"):
+        arguments[name] = call.constant(getattr(pieces, name))
+    arguments["of_gate"] = of_gate
+    device.launch(kernel(call.name, "softmax_backward_terms", tiling, d, e, call.terms),
+                  (len(pieces.pieces), TILE // tiling.rows, 1), arguments,
+                  terms_shared(call.name, tiling, d, e))
+    return sums
 
 
 def is_packed(call: Call) -> bool:

@@ -209,7 +209,7 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
                                 if (masked || bad)
                                     allowed = seen.get(i, e) && lse != -INFINITE;
                                 const Pair pair = pair_of(p.scores, terms, key, allowed, product,
-                                                          scale, lse * LOG2_E, pull, delta);
+                                                          scale, lse * TO_BASE, pull, delta);
                                 if ((masked || bad) && !pair.seen)
                                     seen.hide(i, e);
                                 product = pair.weight;

@@ -152,7 +152,7 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
                                 Sum& pull = pulls[s][i][2 * h + e];
                                 const Pair pair = pair_of(
                                     p.scores, terms, column, allowed, products[s][i][2 * h + e],
-                                    scale, lse[s][h] * LOG2_E, pull, delta[s][h]);
+                                    scale, lse[s][h] * TO_BASE, pull, delta[s][h]);
                                 if ((masked || bad) && !pair.seen)
                                     seen.hide(i, e);
                                 pull = pair.dscore * pair.slope;

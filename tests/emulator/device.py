@@ -108,6 +108,7 @@ class EmulatedDevice:
     name = "emulator"
     multiprocessors = 4
     shared_memory = 227 * 1024
+    stream = 0
 
     def __init__(self, array=None, *, capability=(8, 0), folders=(), flags=()):
         self.capability = capability
