@@ -10,6 +10,9 @@
 
 enum { PANEL_COLUMNS = 64, PANEL_ROW = 128 };
 
+// Before loops of warps that have few registers.
+#define KEEP_ROLLED _Pragma("unroll 1")
+
 // Where a 16-byte chunk of a panel's row lies.
 DEVICE u32 swizzled(u32 panel, int row, int chunk) {
     return panel + row * PANEL_ROW + ((chunk ^ (row & 7)) << 4);
@@ -71,8 +74,8 @@ DEVICE void tma_load_4d(u32 to, const TensorMap* map, u32 barrier, int c0, int c
                  : "memory");
 }
 
-// Let copies and products, which read shared memory by another way, see this thread's stores. Before
-// the barrier that tells the others of them.
+// Let copies and products, which read shared memory by another way, see this thread's stores.
+// Before the barrier that tells the others of them.
 DEVICE void async_proxy_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -121,10 +124,10 @@ DEVICE void hold(u32 (&x)[COUNT][4]) {
             asm volatile("" : "+r"(x[i][j]) :: "memory");
 }
 
-// An operand in panels. `K-major`: rows of the panel are rows of A or columns of B; 8 rows further
-// is `stride_bytes` (1024), and leading_bytes means nothing. `MN-major`: columns of the panel are
-// rows of A or columns of B; 8 panel rows further is stride_bytes (1024), 64 of its columns further,
-// the next panel, is leading_bytes.
+// An operand in panels. K-major: rows of the panel are rows of A or columns of B; 8 rows further is
+// `stride_bytes` (1024), and leading_bytes means nothing. MN-major: columns of the panel are rows of
+// A or columns of B; 8 of its rows further is stride_bytes (1024), 64 of its columns further, in the
+// next panel, is leading_bytes.
 DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_bytes) {
     return u64((address & 0x3ffff) >> 4) | u64(leading_bytes >> 4) << 16
         | u64(stride_bytes >> 4) << 32 | u64(1) << 62;

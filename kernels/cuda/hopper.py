@@ -26,9 +26,7 @@ WIDTHS = (64, 128)
 GROUPS = 2
 """Warpgroups that compute; each has 64 rows of a block."""
 
-STAGES = {64: 4, 128: 2}
-INSPECTORS = 3
-LOAD_REGISTERS, COMPUTE_REGISTERS = 40, 232
+SERVE_REGISTERS, COMPUTE_REGISTERS = 40, 232
 
 CACHE_BYTES = 2**25
 """Keys and values that are read again from the second-level cache, if their blocks run together."""
@@ -67,26 +65,57 @@ def refuses(problem: Any) -> str | None:
 def forward(problem: Any) -> tuple[Array, Array]:
     """Return out (B, H, N, D) in the dtype of q, and lse (B, H, N) in float32."""
     device = devices.of(problem.q)
-    batch, heads, n, width = problem.q.shape
+    out = device.empty(problem.q.shape, problem.q.dtype)
+    lse = device.empty(problem.q.shape[:3], np.float32)
     walk = coarse(problem.blocks, GROUPS, 2)
-    items = _items(problem, walk, heads, n, problem.k.shape[2])
-    out = device.empty((batch, heads, n, width), problem.q.dtype)
-    lse = device.empty((batch, heads, n), np.float32)
     launch = _Launch(device, problem, FORWARD)
+    launch.put_lists(walk, _steps(walk, problem.layout, problem.q_lengths, problem.kv_lengths, 2))
     launch.put_map("q", problem.q, GROUPS * TILE)
     launch.put_map("k", problem.k, 2 * TILE)
     launch.put_map("v", problem.v, 2 * TILE)
     launch.put_rows("values", problem.v)
-    launch.put_lists(walk, GROUPS)
-    launch.put_items(items)
     for name, array in (("out", out), ("lse", lse), ("sinks", problem.sinks)):
         launch.put(name, array)
-    stages = STAGES[width]
-    row = 2 * width
-    shared = (GROUPS * TILE * row + 2 * stages * 2 * TILE * row + 4 * GROUPS * 16 * row
-              + 16 * stages + 16 + 40 * stages)
-    launch.run("hopper_forward.cu", "hopper_forward", len(items), shared, STAGES=stages)
+    launch.run("hopper_forward", STAGES=2 if problem.q.shape[3] == 128 else 4)
     return out, lse
+
+
+def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
+    """Return the gradients of q, k and v, in their dtype, and of scale, (H,) in float32."""
+    device, q = devices.of(problem.q), problem.q
+    if not _mappable(dout):
+        dout = contiguous(dout)
+    dq, dk, dv = (device.empty(x.shape, x.dtype) for x in (q, problem.k, problem.v))
+    parts = device.empty(q.shape[:3], np.float32)
+    own, walked = GROUPS * TILE, TILE
+
+    walk = coarse(problem.blocks, GROUPS, 1)
+    launch = _Launch(device, problem, BACKWARD)
+    launch.put_lists(walk, _steps(walk, problem.layout, problem.q_lengths, problem.kv_lengths, 1))
+    for name, array, rows in (("q", q, own), ("dout", dout, own), ("k", problem.k, walked),
+                              ("v", problem.v, walked)):
+        launch.put_map(name, array, rows)
+    launch.put_rows("walked", problem.k, problem.v)
+    for name, array in (("lse", lse), ("delta", delta), ("dq", dq), ("dscale", parts)):
+        launch.put(name, array)
+    launch.run("hopper_backward_queries", STAGES=4)
+
+    walk = coarse(problem.blocks, GROUPS, 1, transposed=True)
+    launch = _Launch(device, problem, BACKWARD)
+    steps = _steps(walk, problem.layout, problem.kv_lengths, problem.q_lengths, 1)
+    launch.put_lists(walk, steps, problem.k.shape[1])
+    for name, array, rows in (("q", q, walked), ("dout", dout, walked), ("k", problem.k, own),
+                              ("v", problem.v, own)):
+        launch.put_map(name, array, rows)
+    launch.put_rows("walked", q, dout)
+    for name, array in (("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv)):
+        launch.put(name, array)
+    # sums of both products of 128 columns take nearly all registers that there are
+    registers = ({"SERVE_REGISTERS": 32, "COMPUTE_REGISTERS": 240} if q.shape[3] == 128 else {})
+    launch.run("hopper_backward_keys", STAGES=4, **registers)
+    with np.errstate(all="ignore"):
+        dscale = namespace(q).sum(parts, axis=(0, 2))
+    return {"q": dq, "k": dk, "v": dv, "scale": dscale}
 
 
 def _mappable(x: Array) -> bool:
@@ -114,21 +143,40 @@ def _fill(blocks: Any) -> float:
     return _fills[blocks]
 
 
-def _items(problem: Any, walk: Walk, heads: int, n: int, m: int) -> np.ndarray:
-    """List the lines of all heads, (line, batch item * `heads` + head), as blocks take them.
+def _steps(walk: Walk, layout: np.ndarray, lengths: np.ndarray, walked: np.ndarray,
+           columns: int) -> np.ndarray:
+    """Return how many steps each line of each head has, (B, H, lines).
 
-    Those that take longest come first, but heads whose keys and values fit in the cache stay
-    together.
+    Tokens of the lines from `lengths` (B,) on are padding, and those walked from `walked` (B,) on.
     """
-    batch = len(problem.layout)
-    repeats = problem.layout.shape[1] // heads
-    layout = problem.layout[:, ::repeats].ravel()
-    steps = walk.steps[layout]
-    each = 4 * m * problem.k.shape[3] * problem.k.shape[1] // heads
-    section = np.arange(batch * heads) // max(1, CACHE_BYTES // max(1, each))
-    head, line = np.indices(steps.shape, np.int32)
-    order = np.lexsort((head.ravel(), -steps.ravel(), np.repeat(section, steps.shape[1])))
-    return np.stack([line.ravel()[order], head.ravel()[order]], axis=1)
+    lines = walk.start.shape[1] - 1
+    found = np.empty((*layout.shape, lines), np.int32)
+    kinds = np.stack([layout, *(np.broadcast_to(x[:, None], layout.shape)
+                                for x in (lengths, walked))], axis=-1)
+    distinct, which = np.unique(kinds.reshape(-1, 3), axis=0, return_inverse=True)
+    counts = np.empty((len(distinct), lines), np.int32)
+    for i, (number, length, reached) in enumerate(distinct.tolist()):
+        start = walk.start[number]
+        mine = slice(start[0], start[-1])
+        there = np.clip(-(-reached // (TILE * columns)) - walk.first[mine], 0, walk.count[mine])
+        before = np.concatenate([[0], np.cumsum(there, dtype=np.int64)])
+        counts[i] = np.diff(before[start - start[0]])
+        counts[i, -(-length // (TILE * GROUPS)):] = 0
+    found.reshape(-1, lines)[:] = counts[which.ravel()]
+    return found
+
+
+def _items(steps: np.ndarray, groups: int, group_bytes: int) -> np.ndarray:
+    """List the lines of all heads (or groups) as blocks take them: line, batch item, head, steps.
+
+    Those that take longest come first, but heads that walk the same tokens stay together: as many
+    as have theirs in the cache, `group_bytes` for each of `groups`.
+    """
+    heads = steps.shape[1]
+    item, head, line = (x.ravel() for x in np.indices(steps.shape, np.int32))
+    section = (item * groups + head // (heads // groups)) // max(1, CACHE_BYTES // group_bytes)
+    order = np.lexsort((head, item, -steps.ravel(), section))
+    return np.stack([line, item, head, steps.ravel()], axis=1).astype(np.int32)[order]
 
 
 def _structure(fields: Sequence[tuple[str, Any]]) -> np.dtype:
@@ -146,11 +194,18 @@ _LISTS = np.dtype([(name, "u8") for name in ("start", "first", "count", "at", "n
                                              "layout")] + [("lines", "i4")], align=True)
 _ROWS = np.dtype([("first", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")])
 
+_COMMON = [(name, "u8") for name in ("items", "q_lengths", "kv_lengths", "scale")]
+
 FORWARD = _structure(
-    [("q", _MAP), ("k", _MAP), ("v", _MAP), ("lists", _LISTS), ("values", _ROWS)]
-    + [(name, "u8") for name in ("items", "q_lengths", "kv_lengths", "scale", "sinks", "out",
-                                 "lse")]
+    [("q", _MAP), ("k", _MAP), ("v", _MAP), ("lists", _LISTS), ("values", _ROWS), *_COMMON]
+    + [(name, "u8") for name in ("sinks", "out", "lse")]
     + [(name, "i4") for name in ("item_count", "heads", "group_heads", "n")])
+
+BACKWARD = _structure(
+    [("q", _MAP), ("k", _MAP), ("v", _MAP), ("dout", _MAP), ("lists", _LISTS),
+     ("walked", _ROWS, 2), *_COMMON]
+    + [(name, "u8") for name in ("steps", "lse", "delta", "dq", "dk", "dv", "dscale")]
+    + [(name, "i4") for name in ("item_count", "heads", "groups", "group_heads", "n", "m")])
 
 
 class _Launch:
@@ -160,62 +215,75 @@ class _Launch:
         self.device, self.problem = device, problem
         self.arguments = np.zeros((), structure)
         self._held: list[Any] = []
-        heads = problem.q.shape[1]
-        for name, value in (("heads", heads), ("group_heads", heads // problem.k.shape[1]),
+        heads, groups = problem.q.shape[1], problem.k.shape[1]
+        for name, value in (("heads", heads), ("groups", groups), ("group_heads", heads // groups),
                             ("n", problem.q.shape[2]), ("m", problem.k.shape[2])):
             if name in (structure.names or ()):
                 self.arguments[name] = value
         self.put("scale", problem.scale)
         for name in ("q_lengths", "kv_lengths"):
-            self.put(name, self._constant(getattr(problem, name), np.int32))
+            self.put(name, self._constant(getattr(problem, name)))
 
-    def _constant(self, x: np.ndarray, dtype: Any) -> Array:
+    def _constant(self, x: np.ndarray, dtype: Any = np.int32) -> Array:
         return self.device.constant(np.ascontiguousarray(x, dtype))
 
     def put(self, name: str, array: Array | None) -> None:
         """Tell the address of a dense array, 0 for none."""
         if array is not None:
-            array = contiguous(array)
-            self._held.append(array)
-            self.arguments[name] = self.device.address(array)
+            self.arguments[name] = self._address(contiguous(array))
+
+    def _address(self, array: Array) -> int:
+        self._held.append(array)
+        return self.device.address(array)
 
     def put_map(self, name: str, array: Array, rows: int) -> None:
         """Tell how boxes of `rows` rows of (B, H, N, D) are read."""
-        code = self.device.tensor_map(array, rows, 64)
-        self.arguments[name] = np.frombuffer(code, _MAP)[0]
         self._held.append(array)
+        self.arguments[name] = np.frombuffer(self.device.tensor_map(array, rows, 64), _MAP)[0]
 
-    def put_rows(self, name: str, array: Array) -> None:
+    def put_rows(self, name: str, *arrays: Array) -> None:
         """Tell where single rows lie."""
-        size = array.dtype.itemsize
-        self.arguments[name] = (self.device.address(array),
-                                *(step // size for step in array.strides[:3]))
+        rows = [(self._address(x), *(step // x.dtype.itemsize for step in x.strides[:3]))
+                for x in arrays]
+        self.arguments[name] = rows if len(rows) > 1 else rows[0]
 
-    def put_lists(self, walk: Walk, rows: int) -> None:
-        """Tell the steps of a walk."""
-        lists = self.arguments["lists"]
+    def put_lists(self, walk: Walk, steps: np.ndarray, groups: int | None = None) -> None:
+        """Tell the steps of a walk, and what blocks take: its lines by head, or by group."""
+        lists, (batch, heads, lines) = self.arguments["lists"], steps.shape
         for name in ("start", "first", "count", "at", "names", "bits"):
-            array = self.device.constant(getattr(walk, name))
-            self._held.append(array)
-            lists[name] = self.device.address(array)
-        layout = self._constant(self.problem.layout, np.int32)
-        self._held.append(layout)
-        lists["layout"] = self.device.address(layout)
-        lists["lines"] = walk.start.shape[1] - 1
-
-    def put_items(self, items: np.ndarray) -> None:
-        """Tell what blocks take, in order."""
-        self.put("items", self._constant(items, np.int32))
+            lists[name] = self._address(self.device.constant(getattr(walk, name)))
+        lists["layout"] = self._address(self._constant(self.problem.layout))
+        lists["lines"] = lines
+        if groups is not None:
+            self.put("steps", self._constant(steps))
+            steps = steps.reshape(batch, groups, heads // groups, lines).sum(axis=2)
+        _, together, m, width = self.problem.k.shape
+        items = _items(steps, together, 4 * width * (m if groups is None else
+                                                     self.problem.q.shape[2] * heads // together))
+        self.put("items", self._constant(items))
         self.arguments["item_count"] = len(items)
 
-    def run(self, file: str, name: str, blocks: int, shared: int, **macros: int) -> None:
+    def run(self, name: str, **macros: int) -> None:
         """Launch as many blocks as have items, one to a multiprocessor at most."""
         given = {"BRAIN": int(dtype_name(self.problem.q) == "bfloat16"),
                  "D": self.problem.q.shape[3], "GROUPS": GROUPS,
-                 "LOAD_REGISTERS": LOAD_REGISTERS, "COMPUTE_REGISTERS": COMPUTE_REGISTERS, **macros}
-        kernel = Kernel(file, name, tuple(given.items()), 128 * (1 + GROUPS),
+                 "SERVE_REGISTERS": SERVE_REGISTERS, "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
+                 **macros}
+        kernel = Kernel(f"{name}.cu", name, tuple(given.items()), 128 * (1 + GROUPS),
                         architecture_specific=True)
-        self.device.launch(kernel, min(blocks, self.device.multiprocessors), self.arguments, shared)
+        shared = _shared_bytes(name, given["D"], given["STAGES"])
+        blocks = min(int(self.arguments["item_count"]), self.device.multiprocessors)
+        self.device.launch(kernel, blocks, self.arguments, shared)
+
+
+def _shared_bytes(name: str, width: int, stages: int) -> int:
+    """Return what SHARED_BYTES is in the kernels' sources."""
+    rows, row = GROUPS * TILE, 2 * width
+    if name == "hopper_forward":
+        tiles = rows * row + stages * 2 * (2 * TILE) * row + 4 * GROUPS * 16 * row
+        return tiles + stages * (rows * 2 * TILE // 8 + 32) + 8 * (2 + 6 * stages)
+    tiles = 2 * rows * row + stages * 2 * TILE * row
+    return tiles + stages * (rows * TILE // 8 + 2 * 4 * TILE + 32) + 8 * (2 + 5 * stages)
 
 
 def contiguous(array: Array) -> Array:

@@ -1,8 +1,7 @@
 // Flash attention, forward, for Hopper: softmax over the steps that a BlockMask lists, online.
 //
 // A block takes lines of 64 GROUPS queries from a list, one after the other. Its first warpgroup
-// loads (one thread) and inspects (three warps, see hopper_tiles.cuh); the others compute, each for
-// 64 of the queries:
+// serves (see hopper_tiles.cuh), each of the others computes for 64 of the queries:
 //
 //     keys ->   [128][128]...     scores (64 x 128)  = q k^T        in registers
 //     queries   [64 of a group]   sums   (64 x D)   += weights v    in registers
@@ -14,27 +13,35 @@
 
 enum {
     STEP = 128,
-    ROWS = TILE * GROUPS,
-    THREADS = GROUP * (1 + GROUPS),
     Q_BYTES = ROWS * ROW_BYTES,
     STAGE_BYTES = STEP * ROW_BYTES,
+    BITS_BYTES = ROWS * STEP / 8,
+    OUT_OF_WARP = 16 * ROW_BYTES,
+
+    // shared memory
     KEYS = Q_BYTES,
     VALUES = KEYS + STAGES * STAGE_BYTES,
     SCRATCH = VALUES + STAGES * STAGE_BYTES,
-    FOUND = SCRATCH + 4 * GROUPS * OUT_OF_WARP,     // 16 bytes to a stage
-    BARRIERS = FOUND + 16 * STAGES,
-    TURN = 1                    // named barriers of the groups
+    BITS = SCRATCH + COMPUTING_WARPS * OUT_OF_WARP,
+    NOTES = BITS + STAGES * BITS_BYTES,
+    FOUND = NOTES + STAGES * NOTE,      // what inspectors tell
+    BARRIERS = FOUND + STAGES * NOTE,
+    SHARED_BYTES = BARRIERS + 8 * (2 + 6 * STAGES),
+
+    TURN = 1,                           // named barriers of the groups
+    INSPECTORS = 2                      // warps
 };
 
 struct Barriers {
-    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, inspected;
+    u32 q_full, q_empty;
+    u32 k_full, k_empty, v_full, v_empty, scouted, inspected;   // the first of STAGES
 };
 
 struct ForwardArguments {
     TensorMap q, k, v;
     StepLists lists;
     Rows values;                // v once more
-    const int* items;           // (item_count, 2): line, batch * heads + head
+    const int4* items;          // in the order in which blocks take them
     const int* q_lengths;       // (batch,)
     const int* kv_lengths;
     const float* scale;         // (heads,)
@@ -46,8 +53,10 @@ struct ForwardArguments {
 
 typedef Walk<GROUPS, 2> Steps;
 
-DEVICE Steps steps_of(const ForwardArguments& a, const Item& item, int keys) {
-    return Steps(a.lists, a.lists.layout[item.batch * a.heads + item.head], item.line, keys);
+DEVICE Steps steps_of(const ForwardArguments& a, const Item& item) {
+    Steps steps(a.lists);
+    steps.restart(a.lists.layout[item.batch * a.heads + item.head], item.line);
+    return steps;
 }
 
 // Loads the queries of each item that has steps, and the keys and values of each step.
@@ -55,34 +64,47 @@ DEVICE void load(const ForwardArguments& a, u32 shared, const Barriers& at) {
     u32 q_parity = 1;
     Turn<STAGES> turn;
     for (int number = blockIdx.x; number < a.item_count; number += gridDim.x) {
-        const Item item = item_of(a.items, number, a.heads);
-        Steps steps = steps_of(a, item, a.kv_lengths[item.batch]);
-        bool first = true;
-        while (steps.next()) {
-            if (first) {
-                mbarrier_wait(at.q_empty, q_parity);
-                q_parity ^= 1;
-                mbarrier_expect(at.q_full, Q_BYTES);
-                for (int panel = 0; panel < PANELS; panel++)
-                    tma_load_4d(shared + panel * ROWS * PANEL_ROW, &a.q, at.q_full,
-                                panel * PANEL_COLUMNS, item.line * ROWS, item.head, item.batch);
-                first = false;
-            }
-            const int group = item.head / a.group_heads;
-            const u32 keys = shared + KEYS + turn.stage * STAGE_BYTES;
-            const u32 values = shared + VALUES + turn.stage * STAGE_BYTES;
+        const Item item = item_of(a.items, number);
+        const int group = item.head / a.group_heads;
+        Steps steps = steps_of(a, item);
+        if (item.steps > 0) {
+            mbarrier_wait(at.q_empty, q_parity);
+            q_parity ^= 1;
+            mbarrier_expect(at.q_full, Q_BYTES);
+            load_rows(shared, &a.q, at.q_full, ROWS, item.line * ROWS, item.head, item.batch);
+        }
+        for (int left = item.steps; left > 0; left--) {
+            steps.next();
             const u32 k_full = at.k_full + 8 * turn.stage;
             const u32 v_full = at.v_full + 8 * turn.stage;
             mbarrier_wait(at.k_empty + 8 * turn.stage, turn.parity ^ 1);
             mbarrier_expect(k_full, STAGE_BYTES);
-            for (int panel = 0; panel < PANELS; panel++)
-                tma_load_4d(keys + panel * STEP * PANEL_ROW, &a.k, k_full, panel * PANEL_COLUMNS,
-                            steps.step * STEP, group, item.batch);
+            load_rows(shared + KEYS + turn.stage * STAGE_BYTES, &a.k, k_full, STEP,
+                      steps.step * STEP, group, item.batch);
             mbarrier_wait(at.v_empty + 8 * turn.stage, turn.parity ^ 1);
             mbarrier_expect(v_full, STAGE_BYTES);
-            for (int panel = 0; panel < PANELS; panel++)
-                tma_load_4d(values + panel * STEP * PANEL_ROW, &a.v, v_full,
-                            panel * PANEL_COLUMNS, steps.step * STEP, group, item.batch);
+            load_rows(shared + VALUES + turn.stage * STAGE_BYTES, &a.v, v_full, STEP,
+                      steps.step * STEP, group, item.batch);
+            turn.advance();
+        }
+    }
+}
+
+// Notes what each step is.
+DEVICE void scout(const ForwardArguments& a, u32 shared, const Barriers& at) {
+    Turn<STAGES> turn;
+    for (int number = blockIdx.x; number < a.item_count; number += gridDim.x) {
+        const Item item = item_of(a.items, number);
+        const int keys = a.kv_lengths[item.batch];
+        Steps steps = steps_of(a, item);
+        for (int left = item.steps; left > 0; left--) {
+            steps.next();
+            const bool masked = steps.partial(keys);
+            mbarrier_wait(at.v_empty + 8 * turn.stage, turn.parity ^ 1);
+            write_note(shared + NOTES + turn.stage * NOTE, {steps.step * STEP, masked, item.head});
+            if (masked)
+                write_bits(shared + BITS + turn.stage * BITS_BYTES, steps, keys);
+            release(at.scouted + 8 * turn.stage);
             turn.advance();
         }
     }
@@ -90,60 +112,26 @@ DEVICE void load(const ForwardArguments& a, u32 shared, const Barriers& at) {
 
 // Cleans the values of steps with masked pairs.
 DEVICE void inspect(const ForwardArguments& a, u32 shared, const Barriers& at) {
+    const int thread = threadIdx.x - 2 * WARP;
+    const int threads = WARP * INSPECTORS;
     Turn<STAGES> turn;
-    for (int number = blockIdx.x; number < a.item_count; number += gridDim.x) {
-        const Item item = item_of(a.items, number, a.heads);
-        const int keys = a.kv_lengths[item.batch];
-        Steps steps = steps_of(a, item, keys);
-        while (steps.next()) {
+    for (int number = blockIdx.x; number < a.item_count; number += gridDim.x)
+        for (int left = item_of(a.items, number).steps; left > 0; left--) {
             const u32 values = shared + VALUES + turn.stage * STAGE_BYTES;
+            mbarrier_wait(at.scouted + 8 * turn.stage, turn.parity);
             mbarrier_wait(at.v_full + 8 * turn.stage, turn.parity);
-            if (steps.partial(keys)) {
-                const bool found = __ballot_sync(~0u, find_strange(values, STAGE_BYTES)) != 0;
-                if (found)
-                    clean(values, STAGE_BYTES);
-                if (lane_number() == 0)
-                    store_shared(shared + FOUND + 16 * turn.stage + 4 * (threadIdx.x / WARP - 1),
-                                 u32(found));
-            }
+            if (read_note(shared + NOTES + turn.stage * NOTE).masked
+                && inspect(values, STAGE_BYTES, shared + FOUND + turn.stage * NOTE, thread, threads))
+                clean(values, STAGE_BYTES, thread, threads);
             release(at.inspected + 8 * turn.stage);
             release(at.v_empty + 8 * turn.stage);
             turn.advance();
         }
-    }
 }
 
 // What a thread keeps of its two rows.
 struct State {
     float largest[2], total[2], decay[2];
-};
-
-// A step as one group sees it.
-struct Step {
-    int key;
-    int kind[2];
-    bool masked, inspected;
-
-    __device__ __forceinline__ void set(const Steps& steps, int group, int keys) {
-        key = steps.step * STEP;
-        UNROLL
-        for (int g = 0; g < GROUPS; g++)    // no index that is known at run time only
-            if (g == group) {
-                kind[0] = steps.kind(2 * g);
-                kind[1] = steps.kind(2 * g + 1);
-            }
-        masked = kind[0] != FULL || kind[1] != FULL || key + STEP > keys;
-        inspected = steps.partial(keys);
-    }
-
-    // The keys of half of the step that the thread's rows may see.
-    __device__ __forceinline__ void bits(u64 (&found)[2], const StepLists& lists, int half,
-                                         int keys) const {
-        UNROLL
-        for (int h = 0; h < 2; h++)
-            found[h] = bits_of_row(lists, kind[half], row_of_thread() + 8 * h,
-                                   keys - key - half * TILE);
-    }
 };
 
 DEVICE void start_scores(float (&scores)[STEP / 2], u32 queries, u32 keys) {
@@ -166,20 +154,6 @@ DEVICE void start_sums(float (&sums)[D / 2], u32 (&weights)[STEP / 16][4], u32 v
         wgmma_rs<BRAIN, true>(sums, weights[i], v, true);
     }
     wgmma_commit();
-}
-
-DEVICE void mask(float (&scores)[STEP / 2], const u64 (&bits)[2], int half) {
-    UNROLL
-    for (int h = 0; h < 2; h++) {
-        const u64 mine = bits[h] >> column_of_thread();
-        const u32 words[2] = {u32(mine), u32(mine >> 32)};
-        UNROLL
-        for (int i = 0; i < 8; i++)
-            UNROLL
-            for (int e = 0; e < 2; e++)
-                if (!(words[i / 4] >> (8 * (i % 4) + e) & 1))
-                    scores[4 * (8 * half + i) + 2 * h + e] = -FLOAT_INFINITY;
-    }
 }
 
 // Scores become weights, exp2(unit * (score - largest)).
@@ -228,45 +202,40 @@ DEVICE void shrink(float (&sums)[D / 2], const State& state) {
             sums[4 * i + j] *= state.decay[j / 2];
 }
 
-// Adds what the inspectors took out of a step's values.
-DEVICE void restore(float (&sums)[D / 2], const ForwardArguments& a, const Item& item,
-                    const Step& step, int keys, u32 found) {
-    u32 any = 0;
-    for (int i = 0; i < INSPECTORS; i++)
-        any |= load_shared<u32>(found + 4 * i);
-    if (!any)
-        return;
-    UNROLL
-    for (int half = 0; half < 2; half++) {
-        u64 bits[2];
-        step.bits(bits, a.lists, half, keys);
-        const u16* from = a.values.at(item.batch, item.head / a.group_heads,
-                                      step.key + half * TILE);
-        add_strange(sums, from, a.values.row, bits, false);
+// Ends the sums of a step: adds what inspectors took out of its values, and lets go of these.
+DEVICE void finish_sums(float (&sums)[D / 2], const ForwardArguments& a, const Item& item, int group,
+                        bool masked, int stage, u32 shared, const Barriers& at) {
+    if (masked && told(shared + FOUND + stage * NOTE, INSPECTORS)) {
+        const int first = read_note(shared + NOTES + stage * NOTE).first;
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            u64 bits[2];
+            read_bits<2>(bits, shared + BITS + stage * BITS_BYTES, group, half);
+            add_strange(sums, a.values.at(item.batch, item.head / a.group_heads, first + half * TILE),
+                        a.values.row, bits, false);
+        }
     }
+    release(at.v_empty + 8 * stage);
 }
 
 // Scores that were waited for become weights.
-DEVICE void finish_scores(float (&scores)[STEP / 2], State& state, const Step& step,
-                          const u64 (&bits)[2][2], float scale) {
+DEVICE void finish_scores(float (&scores)[STEP / 2], State& state, bool masked, u32 bits, int group,
+                          float scale) {
     if (scale < 0.0f) {
         UNROLL
         for (int i = 0; i < STEP / 2; i++)
             scores[i] = -scores[i];
     }
-    if (step.masked) {
-        mask(scores, bits[0], 0);
-        mask(scores, bits[1], 1);
+    if (masked) {
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            u64 rows[2];
+            read_bits<2>(rows, bits, group, half);
+            mask(scores, half * TILE / 2, rows, -FLOAT_INFINITY);
+        }
     }
     // with a unit of 0, a masked score would become NaN
     weigh(scores, state, fmaxf(fabsf(scale) * LOG2_E, 1e-30f));
-}
-
-DEVICE void fetch_bits(u64 (&bits)[2][2], const ForwardArguments& a, const Step& step, int keys) {
-    if (step.masked) {
-        step.bits(bits[0], a.lists, 0, keys);
-        step.bits(bits[1], a.lists, 1, keys);
-    }
 }
 
 // Divides by the totals, lets the sink join, and writes out and lse.
@@ -304,25 +273,22 @@ DEVICE void finish(const ForwardArguments& a, const Item& item, int group, State
     }
     if (warp_row < a.n)
         write_rows(a.out + (head * a.n + warp_row) * D, a.n - warp_row, sums, share, live,
-                   scratch + (threadIdx.x / WARP - 4) * OUT_OF_WARP);
+                   scratch + (threadIdx.x / WARP - 4) * OUT_OF_WARP, 16 * PANEL_ROW);
 }
 
 DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, int group) {
     float sums[D / 2];
     float scores[STEP / 2];
     u32 weights[STEP / 16][4];
-    u64 bits[2][2];
     State state;
     u32 q_parity = 0;
     Turn<STAGES> turn;
+    const u32 queries = shared + group * TILE * PANEL_ROW;
     if (group == GROUPS - 1)
         barrier_arrive(TURN, 2 * GROUP);
     for (int number = blockIdx.x; number < a.item_count; number += gridDim.x) {
-        const Item item = item_of(a.items, number, a.heads);
-        const int keys = a.kv_lengths[item.batch];
+        const Item item = item_of(a.items, number);
         const float scale = a.scale[item.head];
-        const u32 queries = shared + group * TILE * PANEL_ROW;
-        Steps steps = steps_of(a, item, keys);
         UNROLL
         for (int i = 0; i < D / 2; i++)
             sums[i] = 0.0f;
@@ -331,61 +297,59 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
             state.largest[h] = -FLOAT_INFINITY;
             state.total[h] = 0.0f;
         }
-        if (steps.next()) {
-            Step step;
-            step.set(steps, group, keys);
+        if (item.steps > 0) {
+            mbarrier_wait(at.scouted + 8 * turn.stage, turn.parity);
+            bool masked = read_note(shared + NOTES + turn.stage * NOTE).masked;
             mbarrier_wait(at.q_full, q_parity);
             q_parity ^= 1;
             mbarrier_wait(at.k_full + 8 * turn.stage, turn.parity);
             start_scores(scores, queries, shared + KEYS + turn.stage * STAGE_BYTES);
-            fetch_bits(bits, a, step, keys);
             wgmma_wait<0>();
             hold(scores);
             release(at.k_empty + 8 * turn.stage);
-            finish_scores(scores, state, step, bits, scale);
+            finish_scores(scores, state, masked, shared + BITS + turn.stage * BITS_BYTES, group,
+                          scale);
             round_weights(weights, scores);
 
-            while (steps.next()) {
-                const Step before = step;
-                const Turn<STAGES> turn_before = turn;
-                step.set(steps, group, keys);
+            for (int i = 1; i < item.steps; i++) {
+                const bool masked_before = masked;
+                const Turn<STAGES> before = turn;
                 turn.advance();
+                mbarrier_wait(at.scouted + 8 * turn.stage, turn.parity);
+                masked = read_note(shared + NOTES + turn.stage * NOTE).masked;
                 mbarrier_wait(at.k_full + 8 * turn.stage, turn.parity);
                 barrier_sync(TURN + group, 2 * GROUP);
                 hold(sums);
                 hold(weights);
                 start_scores(scores, queries, shared + KEYS + turn.stage * STAGE_BYTES);
-                mbarrier_wait(at.v_full + 8 * turn_before.stage, turn_before.parity);
-                if (before.inspected)
-                    mbarrier_wait(at.inspected + 8 * turn_before.stage, turn_before.parity);
-                start_sums(sums, weights, shared + VALUES + turn_before.stage * STAGE_BYTES);
+                mbarrier_wait(at.v_full + 8 * before.stage, before.parity);
+                if (masked_before)
+                    mbarrier_wait(at.inspected + 8 * before.stage, before.parity);
+                start_sums(sums, weights, shared + VALUES + before.stage * STAGE_BYTES);
                 barrier_arrive(TURN + (group + 1) % GROUPS, 2 * GROUP);
-                fetch_bits(bits, a, step, keys);
                 wgmma_wait<1>();
                 hold(scores);
                 release(at.k_empty + 8 * turn.stage);
-                finish_scores(scores, state, step, bits, scale);
+                finish_scores(scores, state, masked, shared + BITS + turn.stage * BITS_BYTES,
+                              group, scale);
                 wgmma_wait<0>();
                 hold(sums);
                 hold(weights);
-                if (before.inspected)
-                    restore(sums, a, item, before, keys, shared + FOUND + 16 * turn_before.stage);
-                release(at.v_empty + 8 * turn_before.stage);
+                finish_sums(sums, a, item, group, masked_before, before.stage, shared, at);
                 round_weights(weights, scores);
                 shrink(sums, state);
             }
             release(at.q_empty);
             mbarrier_wait(at.v_full + 8 * turn.stage, turn.parity);
-            if (step.inspected)
+            if (masked)
                 mbarrier_wait(at.inspected + 8 * turn.stage, turn.parity);
             hold(sums);
             hold(weights);
             start_sums(sums, weights, shared + VALUES + turn.stage * STAGE_BYTES);
             wgmma_wait<0>();
             hold(sums);
-            if (step.inspected)
-                restore(sums, a, item, step, keys, shared + FOUND + 16 * turn.stage);
-            release(at.v_empty + 8 * turn.stage);
+            hold(weights);
+            finish_sums(sums, a, item, group, masked, turn.stage, shared, at);
             turn.advance();
         }
         finish(a, item, group, state, sums, scale, shared + SCRATCH);
@@ -398,18 +362,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 hopper_forward(const __grid_constant__ ForwardArguments arguments) {
     const u32 shared = shared_base();
     const u32 first = shared + BARRIERS;
-    const Barriers at = {first, first + 8, first + 16, first + 16 + 8 * STAGES,
-                         first + 16 + 16 * STAGES, first + 16 + 24 * STAGES,
-                         first + 16 + 32 * STAGES};
+    const u32 all = 8 * STAGES;
+    const Barriers at = {first, first + 8, first + 16, first + 16 + all, first + 16 + 2 * all,
+                         first + 16 + 3 * all, first + 16 + 4 * all, first + 16 + 5 * all};
     if (threadIdx.x == 0) {
-        const int warps = 4 * GROUPS;
         mbarrier_init(at.q_full, 1);
-        mbarrier_init(at.q_empty, warps);
+        mbarrier_init(at.q_empty, COMPUTING_WARPS);
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(at.k_full + 8 * i, 1);
-            mbarrier_init(at.k_empty + 8 * i, warps);
+            mbarrier_init(at.k_empty + 8 * i, COMPUTING_WARPS);
             mbarrier_init(at.v_full + 8 * i, 1);
-            mbarrier_init(at.v_empty + 8 * i, warps + INSPECTORS);
+            mbarrier_init(at.v_empty + 8 * i, COMPUTING_WARPS + INSPECTORS);
+            mbarrier_init(at.scouted + 8 * i, 1);
             mbarrier_init(at.inspected + 8 * i, INSPECTORS);
         }
         mbarrier_fence();
@@ -417,11 +381,13 @@ hopper_forward(const __grid_constant__ ForwardArguments arguments) {
     __syncthreads();
     const int group = int(threadIdx.x) / GROUP - 1;
     if (group < 0) {
-        register_decrease<LOAD_REGISTERS>();
+        register_decrease<SERVE_REGISTERS>();
         if (threadIdx.x == 0)
             load(arguments, shared, at);
-        else if (threadIdx.x >= WARP)
+        else if (threadIdx.x >= 2 * WARP)
             inspect(arguments, shared, at);
+        else if (threadIdx.x >= WARP)
+            scout(arguments, shared, at);
     } else {
         register_increase<COMPUTE_REGISTERS>();
         compute(arguments, shared, at, group);

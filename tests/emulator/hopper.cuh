@@ -7,6 +7,8 @@
 
 enum { PANEL_COLUMNS = 64, PANEL_ROW = 128 };
 
+#define KEEP_ROLLED
+
 DEVICE u32 swizzled(u32 panel, int row, int chunk) {
     return panel + row * PANEL_ROW + ((chunk ^ (row & 7)) << 4);
 }

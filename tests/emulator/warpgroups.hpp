@@ -90,7 +90,8 @@ static const bool hooked = [] {
 
 // ---- sums under way
 
-static constexpr u32 UNDER_WAY = 0x7fc0dead;
+// A signalling NaN: any arithmetic makes another one of it.
+static constexpr u32 UNDER_WAY = 0x7f80dead;
 
 static bool untouched(const Flight& flight) {
     for (int i = 0; i < flight.count; i++) {
