@@ -77,6 +77,10 @@ class Device(Protocol):
         Memory may be used in the stream that it was asked for in, and in no other.
         """
 
+    @property
+    def generic(self) -> bool:
+        """Whether kernels are built for more than a problem has: fewer to build, slower to run."""
+
     def launch(self, kernel: Kernel, grid: int | tuple[int, int, int], arguments: np.ndarray,
                shared: int) -> None:
         """Put a launch into the current stream; a grid without blocks launches nothing.
@@ -173,6 +177,8 @@ def unavailable() -> str | None:
 
 class CupyDevice:
     """A GPU, through CuPy."""
+
+    generic = False
 
     def __init__(self, number: int) -> None:
         import cupy

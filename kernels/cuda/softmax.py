@@ -7,7 +7,9 @@ call. Widths are rounded up to those of WIDTHS, and columns beyond are zeros in 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,8 +154,7 @@ class Call(Keeper):
         _, self.groups, self.m, self.e = p.v.shape
         self.q, self.k, self.v = (readable(self.device, x) for x in (p.q, p.k, p.v))
         self.structs = structs(self.sums)
-        self.terms = ALL_TERMS if getattr(self.device, "generic", False) and terms_of(p) else (
-            terms_of(p))
+        self.terms = ALL_TERMS if self.device.generic and terms_of(p) else terms_of(p)
 
     def problem(self, rows: int, transposed: bool = False) -> np.ndarray:
         """Return the problem's struct; lines of the mask have `rows` tiles."""
@@ -310,18 +311,19 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     return found | gradients_of_terms(call, dout, lse, delta)
 
 
+def launches_of_keys(name: str, d: int, e: int) -> list[tuple[int, int, int, int]]:
+    """Return for each launch the columns of dk and dv that it sums, and where these begin."""
+    if rounded(d) + rounded(e) <= sums_room(name):
+        return [(rounded(d), rounded(e), 0, 0)]
+    dk, dv = column_chunk(name, d), column_chunk(name, e)
+    return [*((dk, 0, first, 0) for first in range(0, d, dk)),
+            *((0, dv, 0, first) for first in range(0, e, dv))]
+
+
 def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
                 delta: Array) -> None:
     """Compute the gradients of k and v."""
     device, d, e = call.device, rounded(call.d), rounded(call.e)
-    room = sums_room(call.name)
-    # (columns of dk and of dv, and where they begin) of each launch
-    if d + e <= room:
-        launches = [(d, e, 0, 0)]
-    else:
-        dk, dv = column_chunk(call.name, call.d), column_chunk(call.name, call.e)
-        launches = [(dk, 0, first, 0) for first in range(0, call.d, dk)]
-        launches += [(0, dv, 0, first) for first in range(0, call.e, dv)]
     arguments = np.zeros((), struct(
         ("problem", call.structs["problem"]), ("dout", OPERAND), ("dk", OPERAND), ("dv", OPERAND),
         *fields("u8", "wide_dk wide_dv lse delta"),
@@ -331,7 +333,7 @@ def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
     arguments["lse"], arguments["delta"] = device.address(lse), device.address(delta)
     for name in ("k", "v"):
         put_result(call, arguments, f"d{name}", found[name], wide=name in call.p.summed)
-    for dk, dv, dk_from, dv_from in launches:
+    for dk, dv, dk_from, dv_from in launches_of_keys(call.name, call.d, call.e):
         tiling = backward_tiling(call.name, d, e, dk + dv, call.terms, device.shared_memory)
         assert tiling is not None
         arguments["dk_from"], arguments["dv_from"] = dk_from, dv_from
@@ -442,6 +444,51 @@ def launch_terms(call: Call, pieces: term_gradients.Pieces, of_gate: bool, dout:
                   (len(pieces.pieces), TILE // tiling.rows, 1), arguments,
                   terms_shared(call.name, tiling, d, e))
     return sums
+
+
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a block may have, by architecture."""
+
+
+def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
+    """Yield kernels to be compiled and read: (kernel, architectures, an instruction it must have).
+
+    All dtypes, widths that a dtype's tilings differ for, no terms and all; of what lies between,
+    a few.
+    """
+    for name, widths in (("bfloat16", (32, 64, 128, 256)), ("float16", (64, 128)),
+                         ("float32", (64, 128)), ("float64", (64, 128))):
+        for width, terms, architecture in itertools.product(widths, (0, ALL_TERMS), SHARED):
+            if name != "bfloat16" and (architecture, terms) not in (("sm_80", 0),
+                                                                     ("sm_90", ALL_TERMS)):
+                continue
+            for found in kernels(name, width, width, terms, SHARED[architecture]):
+                yield found, (architecture,), "DMMA" if name == "float64" else "HMMA"
+    for terms in (SOFTCAP, BIAS, OFFSETS, GATE, DROPOUT):
+        for found in kernels("bfloat16", 128, 128, terms, SHARED["sm_90"]):
+            yield found, ("sm_90",), "HMMA"
+    for found in kernels("bfloat16", 192, 128, 0, SHARED["sm_80"]):
+        yield found, ("sm_80",), "HMMA"
+
+
+def kernels(name: str, d: int, e: int, terms: int, shared: int) -> Iterator[Kernel]:
+    """Yield the kernels of forward and backward for some widths, as far as they are large."""
+    for packed in (False, True):
+        chunk = chunk_of_values(name, e)
+        tiling = forward_tiling(name, d, chunk, terms, shared, packed)
+        if tiling is not None and not (packed and terms):
+            yield kernel(name, "softmax_forward", tiling, d, chunk, terms, PACKED=int(packed))
+    for dk, dv, dk_from, dv_from in launches_of_keys(name, d, e):
+        tiling = backward_tiling(name, d, e, dk + dv, terms, shared)
+        if tiling is not None and dk_from == dv_from == 0:
+            yield kernel(name, "softmax_backward_keys", tiling, d, e, terms, DK=dk, DV=dv)
+    chunk = column_chunk(name, d)
+    tiling = backward_tiling(name, d, e, chunk, terms, shared)
+    if tiling is not None:
+        yield kernel(name, "softmax_backward_queries", tiling, d, e, terms, DQ=chunk)
+    tiling = terms_tiling(name, d, e, shared)
+    if tiling is not None and terms:
+        yield kernel(name, "softmax_backward_terms", tiling, d, e, terms)
 
 
 def is_packed(call: Call) -> bool:

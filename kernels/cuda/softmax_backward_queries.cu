@@ -93,8 +93,9 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
         const int key = walk.tile * TILE + from;
         const int columns = keys - walk.tile * TILE;
         const int kind = walk.kind(p.lists, 0);
-        const bool masked = kind != FULL || columns < TILE || (HAS(BIAS) && p.scores.bias.at)
-            || (HAS(GATE) && p.scores.gate.at);
+        // terms have nothing for queries that are not there
+        const bool masked = kind != FULL || columns < TILE || (TERMS && first + ROWS > queries)
+            || (HAS(BIAS) && p.scores.bias.at) || (HAS(GATE) && p.scores.gate.at);
         from += LOAD;
         if (from >= min(columns, int(TILE))) {
             from = 0;

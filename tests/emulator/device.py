@@ -106,6 +106,7 @@ class EmulatedDevice:
     """
 
     name = "emulator"
+    generic = False
     multiprocessors = 4
     shared_memory = 227 * 1024
     stream = 0
