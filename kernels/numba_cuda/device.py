@@ -98,7 +98,7 @@ if not SIMULATED:
         """
 
         def __init__(self) -> None:
-            self.constants: collections.OrderedDict[bytes, Any] = collections.OrderedDict()
+            self.constants: collections.OrderedDict[Any, Any] = collections.OrderedDict()
             self.owned: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
             self.lock = threading.Lock()
 
@@ -117,8 +117,7 @@ if not SIMULATED:
         def constant(self, x: np.ndarray) -> Any:
             """Return what a host array holds."""
             x = np.ascontiguousarray(x)
-            key = hashlib.blake2b(x, digest_size=16, person=x.dtype.str.encode()[:16],
-                                  salt=str(x.shape).encode()[:16]).digest()
+            key = x.shape, x.dtype.str, hashlib.blake2b(x, digest_size=16).digest()
             with self.lock:
                 if key not in self.constants:
                     self.constants[key] = self._copied(x)
