@@ -379,14 +379,11 @@ DEVICE u32 carried(u32 bits) {
 #define NOT_A_NUMBER FLOAT_NAN
 #endif
 
-// Exponentials and logarithms are to the base 2, which the hardware has; for fp64 to the base e, as
-// then nothing is rounded on the way. TO_BASE times a natural logarithm is one to the base.
+// What makes an exponent one of 2, the base that the hardware has; fp64 takes e, and rounds nothing.
 #if ELEMENT == F64
 #define TO_BASE 1.0
-#define FROM_BASE 1.0
 #else
 #define TO_BASE 1.44269504f
-#define FROM_BASE 0.693147181f
 #endif
 
 DEVICE Sum power(Sum x) {
@@ -399,11 +396,19 @@ DEVICE Sum power(Sum x) {
 #endif
 }
 
-DEVICE Sum logarithm(Sum x) {
+DEVICE Sum natural_power(Sum x) {
+#if ELEMENT == F64
+    return exp(x);
+#else
+    return expf(x);
+#endif
+}
+
+DEVICE Sum natural_logarithm(Sum x) {
 #if ELEMENT == F64
     return log(x);
 #else
-    return log2f(x);
+    return logf(x);
 #endif
 }
 

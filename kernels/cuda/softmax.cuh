@@ -26,21 +26,19 @@ DEVICE u64 bits_of_row(const TileLists& lists, int kind, int row, int columns) {
 
 // The share of exp(x) in exp(x) + exp(y).
 DEVICE Sum share_beside(Sum x, Sum y) {
-    return x == -INFINITE ? Sum(0) : 1 / (1 + power((y - x) * TO_BASE));
+    return x == -INFINITE ? Sum(0) : 1 / (1 + natural_power(y - x));
 }
 
 DEVICE Sum log_of_sum(Sum x, Sum y) {
     const Sum most = larger(x, y);
     if (most == -INFINITE)
         return most;
-    const Sum sum = power((x - most) * TO_BASE) + power((y - most) * TO_BASE);
-    return most + logarithm(sum) * FROM_BASE;
+    return most + natural_logarithm(natural_power(x - most) + natural_power(y - most));
 }
 
-// What is taken from a row's scores before the exponential: its log-sum-exp, to the base. A row that
-// sees no key has weights of 0.
+// What is taken from a row's scores before the exponential. A row that sees no key has weights of 0.
 DEVICE Sum shift_of(Sum lse) {
-    return lse == -INFINITE ? INFINITE : lse * TO_BASE;
+    return lse == -INFINITE ? INFINITE : lse;
 }
 
 // What a pair of the backward comes to.
@@ -66,7 +64,7 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
         pair.seen = false;
         return pair;
     }
-    Sum weight = power(score - shift);
+    Sum weight = power((score - shift) * TO_BASE);
     Sum keep = 1;
     if (HAS(DROPOUT) && s.threshold) {
         // forward: out = (weight * keep) v
@@ -88,7 +86,7 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
     pair.dscore = weight * pull;
     pair.weight = weight * keep;
 #else
-    const Sum weight = power(times_plus(product, scale * TO_BASE, -shift));
+    const Sum weight = power(times_plus(product, scale, -shift) * TO_BASE);
     pair.weight = allowed ? weight : Sum(0);
     pair.dscore = allowed ? weight * (pull - delta) : Sum(0);
 #endif

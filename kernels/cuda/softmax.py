@@ -289,7 +289,8 @@ def backward_tiling(name: str, d: int, e: int, columns: int, terms: int,
         choices = [Tiling(1, 4, 64, 16, 1), Tiling(1, 4, 32, 16, 1), Tiling(1, 4, 16, 16, 1),
                    Tiling(1, 2, 16, 16, 1)]
     else:
-        step = 16 if terms and columns > 128 else 32 if terms or columns > 128 else 64
+        step = 16 if columns > 192 or (terms and columns > 128) else 32 if (
+            terms or columns > 128) else 64
         choices = [Tiling(1, 4, 64, step, 2), Tiling(1, 4, 32, min(step, 32), 1),
                    Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
     return next((x for x in choices if backward_shared(name, x, d, e) <= shared), None)

@@ -209,6 +209,8 @@ def of_table(add_up: AddUp, device: Any, p: Any, shape: tuple[int, int], of_gate
         return None
     heads, width = shape
     batch, all_heads, n, _ = p.q.shape
+    if 0 in (batch, n, p.k.shape[2]):
+        return device.zeros(shape, acc)
     start = np.broadcast_to(p.k_positions[:, :1].astype(np.int64) - p.q_positions[:, :1],
                             (batch, 1))
     starts, which = np.unique(start, return_inverse=True)

@@ -74,7 +74,8 @@ class LiveArrays:
         """The (first, last, writable) of what there is, those that overlap as one."""
         self._found = {key: owner for key, owner in self._found.items() if owner() is not None}
         merged = []
-        for first, last, writable in sorted(self._found):
+        # the longest of those that begin together comes first: an empty one is then part of it
+        for first, last, writable in sorted(self._found, key=lambda x: (x[0], -x[1], x[2])):
             if merged and first < merged[-1][1]:
                 before = merged[-1]
                 merged[-1] = (before[0], max(last, before[1]), writable or before[2])
