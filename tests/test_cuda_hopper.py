@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import re
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ from pyattn.kernels.cuda import compile, hopper
 from pyattn.kernels.cuda import device as devices
 
 import pyattn
+from bench import gpu_sass
 from pyattn import dispatch, masks
 
 BF16, F16 = ml_dtypes.bfloat16, np.float16
@@ -143,6 +145,23 @@ def test_forward_and_backward(device, n, d, name):
     dtype, batch = (BF16, F16)[d == 64 and number % 2], 1 + number // 7 % 2
     drawn = draw(name, n, m, d, dtype, batch=batch, groups=1 + number % 2, seed=number)
     judge(drawn, *run(drawn))
+
+
+def count_keys(name, n, m, d):
+    """With queries of 0 and values of 1, lse is the log of the keys a query sees: no pair hides."""
+    drawn = draw(name, n, m, d, BF16)
+    drawn.arrays["q"][...], drawn.arrays["v"][...] = 0, 1
+    out, lse = pyattn.attention(**drawn.arrays, **drawn.options, return_lse=True)
+    count = np.broadcast_to(drawn.dense.allowed, (1, 2, n, m)).sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(lse, np.log(count), atol=2e-6)
+    np.testing.assert_array_equal(out, np.broadcast_to((count > 0)[..., None], out.shape))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_each_query_sees_the_keys_it_may(device, name):
+    for n, m in ((130, 120), (65, 250), (200, 383)):
+        count_keys(name, n, m, 64)
 
 
 def test_many_heads_share_keys_and_blocks_take_many_items(device):
@@ -294,6 +313,28 @@ def test_what_it_does_not_serve_is_refused(monkeypatch, reason):
     assert reason in reasons[0]
 
 
+# ---- machine code
+
+@pytest.mark.skipif(gpu_sass.lacking() is not None, reason=str(gpu_sass.lacking()))
+@pytest.mark.parametrize("kernel", [kernel for kernel, *_ in hopper.configurations()
+                                    if dict(kernel.macros)["D"] == 128
+                                    and dict(kernel.macros)["BRAIN"]], ids=lambda k: k.name)
+def test_exponentials_run_beside_products(kernel):
+    """The compiler may move the wait for the second of two products ahead of them; see `settle`."""
+    source = compile.text(kernel.file)
+    options = compile.options_for(kernel.macros, "sm_90a")
+    code, log = compile.compiled(source, kernel.file, options)
+    assert "C75" not in log
+    told = gpu_sass.dumped(code, "-sass")
+    found = re.findall(r"HGMMA|DEPBAR|MUFU\.EX2", told)
+    runs = [(name, len(list(group))) for name, group in itertools.groupby(found)]
+    names = [name for name, _ in runs]
+    overlapped = [runs[i + 2][1] for i in range(len(runs) - 3)
+                  if names[i:i + 4] == ["HGMMA", "DEPBAR", "MUFU.EX2", "DEPBAR"]
+                  and runs[i + 1][1] == 1]
+    assert max(overlapped, default=0) >= 28
+
+
 # ---- mistakes in the kernels themselves: what the tests above would say of them
 
 PLANTED = {
@@ -334,15 +375,17 @@ def test_planted_mistakes_are_caught(device, tmp_path, mistake):
 
     def check():
         for (name, seed) in itertools.product(("causal", "full"), (0, 1, 2)):
-            drawn = draw(name, 257, 698, 64, BF16)
+            drawn = draw(name, 200, 700, 64, BF16)
             if name == "causal":
-                drawn.arrays["v"][..., 200, 5] = np.nan
+                drawn.arrays["v"][..., 600, 5] = np.nan
             device.seed = seed
             found = pyattn.attention(**drawn.arrays, **drawn.options, return_lse=True)
             want, rough = (oracle.forward(drawn.dense, r)
                            for r in (oracle.exact(BF16), oracle.plain(BF16)))
             for i, part in enumerate(("out", "lse")):
                 oracle.assert_close(found[i], want[i], rough[i], factor=2, name=part)
+
+        count_keys("full", 130, 250, 64)
 
     with pytest.raises(AssertionError):
         check()

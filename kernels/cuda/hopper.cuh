@@ -124,6 +124,17 @@ DEVICE void hold(u32 (&x)[COUNT][4]) {
             asm volatile("" : "+r"(x[i][j]) :: "memory");
 }
 
+// What follows is not begun before x is known. Without this the compiler moves waits ahead of
+// arithmetic that is written before them, and that should run while products do. (The instruction
+// is never executed, but it depends on x, and waits do not pass it.)
+DEVICE void settle(float x) {
+    asm volatile("{\n"
+                 ".reg .pred never;\n"
+                 "setp.eq.f32 never, %0, 0fff7fffff;\n"
+                 "@never nanosleep.u32 1;\n"
+                 "}" :: "f"(x) : "memory");
+}
+
 // An operand in panels. K-major: rows of the panel are rows of A or columns of B; 8 rows further is
 // `stride_bytes` (1024), and leading_bytes means nothing. MN-major: columns of the panel are rows of
 // A or columns of B; 8 of its rows further is stride_bytes (1024), 64 of its columns further, in the

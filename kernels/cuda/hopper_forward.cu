@@ -332,6 +332,8 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
                 release(at.k_empty + 8 * turn.stage);
                 finish_scores(scores, state, masked, shared + BITS + turn.stage * BITS_BYTES,
                               group, scale);
+                hold(scores);
+                settle(state.total[0] + state.total[1]);
                 wgmma_wait<0>();
                 hold(sums);
                 hold(weights);
