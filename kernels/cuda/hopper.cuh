@@ -135,10 +135,10 @@ DEVICE void settle(float x) {
                  "}" :: "f"(x) : "memory");
 }
 
-// An operand in panels. K-major: rows of the panel are rows of A or columns of B; 8 rows further is
-// `stride_bytes` (1024), and leading_bytes means nothing. MN-major: columns of the panel are rows of
-// A or columns of B; 8 of its rows further is stride_bytes (1024), 64 of its columns further, in the
-// next panel, is leading_bytes.
+// An operand in panels. K-major: rows of the panel are rows of A or columns of B; `stride_bytes`
+// is 8 rows further (1024), leading_bytes means nothing. MN-major: columns of the panel are rows of
+// A or columns of B; stride_bytes is 8 of its rows further (1024), leading_bytes 64 of its columns
+// further, in the next panel.
 DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_bytes) {
     return u64((address & 0x3ffff) >> 4) | u64(leading_bytes >> 4) << 16
         | u64(stride_bytes >> 4) << 32 | u64(1) << 62;
