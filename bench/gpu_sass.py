@@ -39,7 +39,7 @@ from pyattn.checks import BackendError
 SHOWN = ("HMMA", "HGMMA", "DMMA", "LDSM", "LDGSTS", "UTMALDG", "LDL", "STL")
 """Instructions that tables count."""
 
-SERIALISED = ("C7508", "C7510")
+SERIALISED = ("C7508", "C7510", "C7512", "C7514", "C7518", "C7520")
 """The compiler's remarks that it cannot run wgmma instructions side by side."""
 
 JOBS = 2

@@ -124,10 +124,21 @@ DEVICE void hold(u32 (&x)[COUNT][4]) {
             asm volatile("" : "+r"(x[i][j]) :: "memory");
 }
 
-// An operand in panels. K-major: rows of the panel are rows of A or columns of B; 8 rows further is
-// `stride_bytes` (1024), and leading_bytes means nothing. MN-major: columns of the panel are rows of
-// A or columns of B; 8 of its rows further is stride_bytes (1024), 64 of its columns further, in the
-// next panel, is leading_bytes.
+// What follows is not begun before x is known. Without this the compiler moves waits ahead of
+// arithmetic that is written before them, and that should run while products do. (The instruction
+// is never executed, but it depends on x, and waits do not pass it.)
+DEVICE void settle(float x) {
+    asm volatile("{\n"
+                 ".reg .pred never;\n"
+                 "setp.eq.f32 never, %0, 0fff7fffff;\n"
+                 "@never nanosleep.u32 1;\n"
+                 "}" :: "f"(x) : "memory");
+}
+
+// An operand in panels. K-major: rows of the panel are rows of A or columns of B; `stride_bytes`
+// is 8 rows further (1024), leading_bytes means nothing. MN-major: columns of the panel are rows of
+// A or columns of B; stride_bytes is 8 of its rows further (1024), leading_bytes 64 of its columns
+// further, in the next panel.
 DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_bytes) {
     return u64((address & 0x3ffff) >> 4) | u64(leading_bytes >> 4) << 16
         | u64(stride_bytes >> 4) << 32 | u64(1) << 62;

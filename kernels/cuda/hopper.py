@@ -26,8 +26,6 @@ WIDTHS = (64, 128)
 GROUPS = 2
 """Warpgroups that compute; each has 64 rows of a block."""
 
-SERVE_REGISTERS, COMPUTE_REGISTERS = 40, 232
-
 CACHE_BYTES = 2**25
 """Keys and values that are read again from the second-level cache, if their blocks run together."""
 
@@ -76,7 +74,7 @@ def forward(problem: Any) -> tuple[Array, Array]:
     launch.put_rows("values", problem.v)
     for name, array in (("out", out), ("lse", lse), ("sinks", problem.sinks)):
         launch.put(name, array)
-    launch.run("hopper_forward", STAGES=2 if problem.q.shape[3] == 128 else 4)
+    launch.run("hopper_forward")
     return out, lse
 
 
@@ -98,7 +96,7 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     launch.put_rows("walked", problem.k, problem.v)
     for name, array in (("lse", lse), ("delta", delta), ("dq", dq), ("dscale", parts)):
         launch.put(name, array)
-    launch.run("hopper_backward_queries", STAGES=4)
+    launch.run("hopper_backward_queries")
 
     walk = coarse(problem.blocks, GROUPS, 1, transposed=True)
     launch = _Launch(device, problem, BACKWARD)
@@ -110,9 +108,7 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     launch.put_rows("walked", q, dout)
     for name, array in (("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv)):
         launch.put(name, array)
-    # sums of both products of 128 columns take nearly all registers that there are
-    registers = ({"SERVE_REGISTERS": 32, "COMPUTE_REGISTERS": 240} if q.shape[3] == 128 else {})
-    launch.run("hopper_backward_keys", STAGES=4, **registers)
+    launch.run("hopper_backward_keys")
     with np.errstate(all="ignore"):
         dscale = namespace(q).sum(parts, axis=(0, 2))
     return {"q": dq, "k": dk, "v": dv, "scale": dscale}
@@ -263,23 +259,35 @@ class _Launch:
         self.put("items", self._constant(items))
         self.arguments["item_count"] = len(items)
 
-    def run(self, name: str, **macros: int) -> None:
+    def run(self, name: str) -> None:
         """Launch as many blocks as have items, one to a multiprocessor at most."""
-        given = {"BRAIN": int(dtype_name(self.problem.q) == "bfloat16"),
-                 "D": self.problem.q.shape[3], "GROUPS": GROUPS,
-                 "SERVE_REGISTERS": SERVE_REGISTERS, "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
-                 **macros}
-        kernel = Kernel(f"{name}.cu", name, tuple(given.items()), 128 * (1 + GROUPS),
-                        architecture_specific=True)
-        shared = _shared_bytes(name, given["D"], given["STAGES"])
+        kernel = _kernel(name, self.problem.q.shape[3], dtype_name(self.problem.q))
         blocks = min(int(self.arguments["item_count"]), self.device.multiprocessors)
-        self.device.launch(kernel, blocks, self.arguments, shared)
+        self.device.launch(kernel, blocks, self.arguments, _shared_bytes(kernel))
 
 
-def _shared_bytes(name: str, width: int, stages: int) -> int:
-    """Return what SHARED_BYTES is in the kernels' sources."""
-    rows, row = GROUPS * TILE, 2 * width
-    if name == "hopper_forward":
+def configurations() -> list[tuple[Kernel, tuple[str, ...], str]]:
+    """Return every kernel that can be launched, what it is compiled for, and what it must have."""
+    return [(_kernel(name, width, dtype), ("sm_90a",), "HGMMA")
+            for name in ("hopper_forward", "hopper_backward_queries", "hopper_backward_keys")
+            for width in WIDTHS for dtype in ("float16", "bfloat16")]
+
+
+def _kernel(name: str, width: int, dtype: str) -> Kernel:
+    # the sums of two products of 128 columns take nearly all registers that there are
+    serve, compute = (32, 240) if (name, width) == ("hopper_backward_keys", 128) else (40, 232)
+    macros = {"BRAIN": int(dtype == "bfloat16"), "D": width, "GROUPS": GROUPS,
+              "STAGES": 2 if (name, width) == ("hopper_forward", 128) else 4,
+              "SERVE_REGISTERS": serve, "COMPUTE_REGISTERS": compute}
+    return Kernel(f"{name}.cu", name, tuple(macros.items()), 128 * (1 + GROUPS),
+                  architecture_specific=True)
+
+
+def _shared_bytes(kernel: Kernel) -> int:
+    """Return what SHARED_BYTES is in the sources."""
+    macros = dict(kernel.macros)
+    rows, row, stages = GROUPS * TILE, 2 * int(macros["D"]), int(macros["STAGES"])
+    if kernel.name == "hopper_forward":
         tiles = rows * row + stages * 2 * (2 * TILE) * row + 4 * GROUPS * 16 * row
         return tiles + stages * (rows * 2 * TILE // 8 + 32) + 8 * (2 + 6 * stages)
     tiles = 2 * rows * row + stages * 2 * TILE * row

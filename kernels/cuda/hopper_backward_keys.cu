@@ -186,6 +186,7 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             weigh(scores, scale * LOG2_E, values);
             if (note.masked)
                 hide(scores, bits, group);
+            hold(scores);
             wgmma_wait<0>();
             hold(pulls);
             release(at.scored + 8 * stage);
@@ -198,6 +199,7 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             pull(scores, pulls, scale, values + 4 * TILE);
             if (note.masked)
                 hide(scores, bits, group);
+            hold(scores);
             wgmma_wait<0>();
             hold(dv);
             hold(weights);

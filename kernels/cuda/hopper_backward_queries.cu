@@ -154,6 +154,8 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             UNROLL
             for (int i = 0; i < TILE / 2; i++)
                 scores[i] = exp2_approx(fmaf(scores[i], unit, -state.lse[i / 2 % 2]));
+            hold(scores);
+            settle(scores[TILE / 2 - 2] + scores[TILE / 2 - 1]);
             wgmma_wait<0>();
             hold(pulls);
             release(at.scored + 8 * stage);

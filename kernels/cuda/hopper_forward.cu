@@ -121,7 +121,8 @@ DEVICE void inspect(const ForwardArguments& a, u32 shared, const Barriers& at) {
             mbarrier_wait(at.scouted + 8 * turn.stage, turn.parity);
             mbarrier_wait(at.v_full + 8 * turn.stage, turn.parity);
             if (read_note(shared + NOTES + turn.stage * NOTE).masked
-                && inspect(values, STAGE_BYTES, shared + FOUND + turn.stage * NOTE, thread, threads))
+                && inspect(values, STAGE_BYTES, shared + FOUND + turn.stage * NOTE, thread,
+                           threads))
                 clean(values, STAGE_BYTES, thread, threads);
             release(at.inspected + 8 * turn.stage);
             release(at.v_empty + 8 * turn.stage);
@@ -203,16 +204,17 @@ DEVICE void shrink(float (&sums)[D / 2], const State& state) {
 }
 
 // Ends the sums of a step: adds what inspectors took out of its values, and lets go of these.
-DEVICE void finish_sums(float (&sums)[D / 2], const ForwardArguments& a, const Item& item, int group,
-                        bool masked, int stage, u32 shared, const Barriers& at) {
+DEVICE void finish_sums(float (&sums)[D / 2], const ForwardArguments& a, const Item& item,
+                        int group, bool masked, int stage, u32 shared, const Barriers& at) {
     if (masked && told(shared + FOUND + stage * NOTE, INSPECTORS)) {
         const int first = read_note(shared + NOTES + stage * NOTE).first;
         UNROLL
         for (int half = 0; half < 2; half++) {
             u64 bits[2];
             read_bits<2>(bits, shared + BITS + stage * BITS_BYTES, group, half);
-            add_strange(sums, a.values.at(item.batch, item.head / a.group_heads, first + half * TILE),
-                        a.values.row, bits, false);
+            const u16* rows = a.values.at(item.batch, item.head / a.group_heads,
+                                          first + half * TILE);
+            add_strange(sums, rows, a.values.row, bits, false);
         }
     }
     release(at.v_empty + 8 * stage);
@@ -332,6 +334,8 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
                 release(at.k_empty + 8 * turn.stage);
                 finish_scores(scores, state, masked, shared + BITS + turn.stage * BITS_BYTES,
                               group, scale);
+                hold(scores);
+                settle(state.total[0] + state.total[1]);
                 wgmma_wait<0>();
                 hold(sums);
                 hold(weights);

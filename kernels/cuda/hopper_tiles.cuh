@@ -1,8 +1,8 @@
 // What the attention kernels for Hopper share: the steps that a block walks (walk.py makes them),
 // which pairs of a step a row may meet, bad numbers behind a mask, and how rows are written.
 //
-// The first warpgroup of a block serves the others, which compute. Of its warps one loads tiles, one
-// scouts (it walks the lists and notes in shared memory what each step is), and the others inspect.
+// The first warpgroup of a block serves the others, which compute. Of its warps one loads tiles,
+// one scouts (it walks the lists and notes in shared memory what each step is), and two inspect.
 //
 // Macros: BRAIN (1: bf16, 0: fp16); D (64 or 128), the width of q, k and v; GROUPS, the warpgroups
 // that compute, each for 64 rows of a block; STAGES.

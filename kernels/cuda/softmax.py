@@ -18,7 +18,7 @@ from pyattn.arrays import Array, dtype_name
 
 from . import device as devices
 from . import term_gradients
-from .device import Device, Kernel
+from .device import Kernel
 from .layout import (
     ELEMENTS,
     OPERAND,

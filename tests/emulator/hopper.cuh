@@ -73,6 +73,8 @@ DEVICE void hold(float (&)[COUNT]) {}
 template <int COUNT>
 DEVICE void hold(u32 (&)[COUNT][4]) {}
 
+DEVICE void settle(float) {}
+
 DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_bytes) {
     return u64((address & 0x3ffff) >> 4) | u64(leading_bytes >> 4) << 16
         | u64(stride_bytes >> 4) << 32 | u64(1) << 62;
