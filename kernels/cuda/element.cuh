@@ -9,7 +9,8 @@
 // keys in the order in which the threads hold them, hence B by `load_rows_as_b` has its rows so, too.
 //
 //     F16, BF16   DEPTH 16, one mma, fp32 sums
-//     F32         DEPTH 8, every number split into two of tf32: four mma, fp32 sums
+//     F32         DEPTH 8, every number split into two of tf32: four mma, fp32 sums; where HALF is
+//                 set (tiles of what was fp16) one, of the leading parts
 //     F64         DEPTH 8, as four products of 8 x 8 x 4
 #pragma once
 #include "primitives.cuh"
@@ -232,10 +233,12 @@ DEVICE void split(u32& high, u32& low, float x) {
 }
 
 DEVICE void multiply(float (&c)[4], const A& a, const B& b) {
+#if !HALF
     // the small ones first; without the smallest the error would be four times that of a float
     mma_tf32(c, a.low, b.low[0], b.low[1]);
     mma_tf32(c, a.low, b.high[0], b.high[1]);
     mma_tf32(c, a.high, b.low[0], b.low[1]);
+#endif
     mma_tf32(c, a.high, b.high[0], b.high[1]);
 }
 
