@@ -126,7 +126,7 @@ DEVICE Sum pulled(const LinearArguments& a, Sum x, Sum dphi) {
 // What a block knows of its work, and where it keeps it.
 struct Block {
     int batch, group, shared_heads, part, own, part_column;
-    u32 x, y, z, state, raw_x, raw_y, raw_z, lasts, pulls, words;
+    u32 x, y, z, state, raw_x, raw_y, raw_z, lasts, pulls, shares, words;
 
     __device__ __forceinline__ Block(const LinearArguments& a) {
         batch = blockIdx.x / a.groups;
@@ -144,7 +144,8 @@ struct Block {
         raw_z = raw_y + RAW_TILE;
         lasts = raw_z + RAW_TILE;
         pulls = lasts + SIDE * sizeof(Sum);
-        words = pulls + TOKENS * sizeof(Sum) + warp * 16 * 8;
+        shares = pulls + TOKENS * sizeof(Sum);
+        words = shares + TOKENS * sizeof(Sum) + warp * 16 * 8;
     }
 
     __device__ __forceinline__ int row(int h) const {
@@ -208,6 +209,7 @@ DEVICE bool take_values(const LinearArguments& a, u32 tile, u32 raw, int count) 
     return take(tile, raw, count, a.e, [&](int, Sum x) { return x; });
 }
 
+// As rows these are dout itself, which is multiplied later.
 DEVICE bool take_pulls(const LinearArguments& a, const Block& block, u32 tile, u32 raw, int head,
                        int first, int count) {
     if (!a.normalize)
@@ -216,7 +218,7 @@ DEVICE bool take_pulls(const LinearArguments& a, const Block& block, u32 tile, u
     return take(tile, raw, count, a.e, [&](int row, Sum x) {
         const Sum share = inverse[row];
         // what lies in an empty row is never looked at
-        return share == 0 ? Sum(0) : x * share;
+        return share == 0 ? Sum(0) : PASS == DQ ? x : x * share;
     });
 }
 
@@ -246,8 +248,8 @@ DEVICE bool take_z(const LinearArguments& a, const Block& block, const Step& ste
     return take_features(a, block.z, block.raw_z, step.columns);
 }
 
-// Writes the gradients of the denominators of a step's queries to shared memory.
-DEVICE void take_gradients_of_denominators(const LinearArguments& a, const Block& block,
+// Writes 1 / denominator and the gradients of the denominators of a step's queries to shared memory.
+DEVICE void take_denominators(const LinearArguments& a, const Block& block,
                                            const Step& step, const Visit& visit) {
     const int head = block.group * block.shared_heads + visit.head;
     const int first = PASS == DQ ? step.row : step.column;
@@ -256,6 +258,9 @@ DEVICE void take_gradients_of_denominators(const LinearArguments& a, const Block
     if (row < TOKENS) {
         const i64 line = (i64(block.batch) * a.heads + head) * a.n + first;
         store_shared(block.pulls + row * u32(sizeof(Sum)), row < count ? a.pull[line + row] : Sum(0));
+        if (PASS == DQ)
+            store_shared(block.shares + row * u32(sizeof(Sum)),
+                         row < count ? a.inverse[line + row] : Sum(0));
     }
 }
 
@@ -319,13 +324,15 @@ struct State {
     // Writes it to shared memory for the rows of a step.
     __device__ __forceinline__ void publish(const Block& block) const {
         UNROLL
-        for (int s = 0; s < STRIPS; s++)
+        for (int s = 0; s < STRIPS; s++) {
+            const u32 first = place<SIDE>(block.state, row(s, 0), column(0));
             UNROLL
             for (int i = 0; i < STATE_COLUMNS / 8; i++)
                 UNROLL
                 for (int h = 0; h < 2; h++)
-                    store_tile_pair(place<SIDE>(block.state, row(s, h), column(i)),
-                                    sums[s][i][2 * h], sums[s][i][2 * h + 1]);
+                    store_tile_pair(moved<SIDE>(first, 8 * i) + h * 8 * 128, sums[s][i][2 * h],
+                                    sums[s][i][2 * h + 1]);
+        }
         if (threadIdx.x < SIDE)
             store_shared(block.lasts + threadIdx.x * u32(sizeof(Sum)), last);
     }
@@ -375,13 +382,14 @@ struct Found {
                 continue;
             }
             const Sum pull = PASS == DQ ? shared_sum(block.pulls, block.row(h)) : Sum(1);
+            const Sum share = PASS == DQ ? shared_sum(block.shares, block.row(h)) : Sum(1);
             UNROLL
             for (int i = 0; i < RESULT / 8; i++)
                 UNROLL
                 for (int c = 0; c < 2; c++) {
                     const int f = block.part_column + 8 * i + 2 * pair_of_lane() + c;
                     sums[0][i][2 * h + c] = times_plus(pull, shared_sum(block.lasts, f),
-                                                       sums[0][i][2 * h + c]);
+                                                       share * sums[0][i][2 * h + c]);
                 }
         }
     }
@@ -399,13 +407,16 @@ struct Found {
             const u64 columns = bits_below(step.columns);
             bits[h].set(PASS <= DQ ? bits_below(row + step.shift + 1) & columns
                                    : ~bits_below(row - step.shift) & columns, 0);
-            const Sum pull = a.normalize && PASS == DQ ? shared_sum(block.pulls, row) : Sum(0);
+            const bool changed = a.normalize && PASS == DQ;
+            const Sum pull = changed ? shared_sum(block.pulls, row) : Sum(0);
+            const Sum share = changed ? shared_sum(block.shares, row) : Sum(1);
             UNROLL
             for (int i = 0; i < TOKENS / 8; i++)
                 UNROLL
                 for (int c = 0; c < 2; c++) {
                     Sum& x = pairs[0][i][2 * h + c];
-                    x += pull;
+                    if (changed)
+                        x = times_plus(share, x, pull);
                     if (a.normalize && PASS == DK)
                         x += shared_sum(block.pulls, 8 * i + 2 * pair_of_lane() + c);
                     x = bits[h].get(i, c) ? x : Sum(0);
@@ -521,7 +532,7 @@ linear(const __grid_constant__ LinearArguments a) {
             take_z(a, block, step, columns_of);
         }
         if (a.normalize && (PASS == DQ || PASS == DK) && (READS || PASS == DK))
-            take_gradients_of_denominators(a, block, step, visit);
+            take_denominators(a, block, step, visit);
         if (READS && visit.head == 0)
             state.publish(block);
         if (number + 1 < visits) {

@@ -217,7 +217,7 @@ DEVICE void multiply_columns(Sum (&c)[STRIPS][TILES][4], u32 z, int column_of_z,
                              int column_of_y) {
     const RowsOfB rows_of_z = rows_of_b<TOKENS>(z, 0);
     const RowsOfB rows_of_y = moved_rows(rows_of_b<TOKENS>(y, 0), column_of_y);
-    _Pragma("unroll 2")
+    _Pragma("unroll 1")
     for (int row = 0; row < TOKENS; row += DEPTH) {
         A a[STRIPS];
         UNROLL

@@ -85,7 +85,7 @@ def shared_bytes(name: str, x: Tiling) -> int:
     raw = np.dtype(np.float16).itemsize if name in ("float16", "bfloat16") else sum_bytes(name)
     row = max(128, x.width * (raw if name == "bfloat16" else sum_bytes(name)))
     tiles = 3 * x.tokens * (row + x.width * raw) + x.width * row
-    return tiles + (x.width + x.tokens) * sum_bytes(name) + x.warps * 16 * 8
+    return tiles + (x.width + 2 * x.tokens) * sum_bytes(name) + x.warps * 16 * 8
 
 
 def sum_bytes(name: str) -> int:

@@ -30,7 +30,9 @@ linear_pull(const __grid_constant__ PullArguments a) {
     for (int apart = 16; apart > 0; apart /= 2)
         sum += __shfl_xor_sync(~0u, sum, apart);
     if (lane_number() == 0) {
-        a.inverse[line] = den == 0 ? Sum(0) : 1 / den;
-        a.pull[line] = den == 0 ? Sum(0) : -sum / den;
+        // of both the same error, so that in the sum of gradients it is one factor
+        const Sum inverse = den == 0 ? Sum(0) : 1 / den;
+        a.inverse[line] = inverse;
+        a.pull[line] = den == 0 ? Sum(0) : -sum * inverse;
     }
 }
