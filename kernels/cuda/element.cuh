@@ -9,8 +9,8 @@
 // keys in the order in which the threads hold them, hence B by `load_rows_as_b` has its rows so, too.
 //
 //     F16, BF16   DEPTH 16, one mma, fp32 sums
-//     F32         DEPTH 8, every number split into two of tf32: four mma, fp32 sums; where HALF is
-//                 set (tiles of what was fp16) one, of the leading parts
+//     F32         DEPTH 16, every number split into three of bf16: eight mma, fp32 sums; where HALF is
+//                 set, for tiles of what was fp16, into two of them: three mma
 //     F64         DEPTH 8, as four products of 8 x 8 x 4
 #pragma once
 #include "primitives.cuh"
@@ -19,6 +19,10 @@
 #define BF16 1
 #define F32 2
 #define F64 3
+
+#ifndef HALF
+#define HALF 0
+#endif
 
 #if ELEMENT == F64
 typedef double Stored;
@@ -31,7 +35,7 @@ typedef u16 Stored;
 typedef float Sum;
 #endif
 
-enum { BYTES = sizeof(Stored), DEPTH = ELEMENT <= BF16 ? 16 : 8 };
+enum { BYTES = sizeof(Stored), DEPTH = ELEMENT == F64 ? 8 : 16 };
 
 // Columns of a tile row that lie in one 128-byte panel, and numbers in a 16-byte chunk.
 enum { PANEL = 128 / BYTES, CHUNK = 16 / BYTES };
@@ -39,9 +43,10 @@ enum { PANEL = 128 / BYTES, CHUNK = 16 / BYTES };
 // Shared memory of a tile: panels of 128 bytes, one after the other, each with all rows. The chunks
 // of a row are permuted by the row's number, so that loads of a fragment meet no bank conflict.
 DEVICE u32 chunk_of(int row, int chunk) {
-#if ELEMENT == F64
-    // 8-byte loads are served for half a warp: rows 0 to 3 must differ by two chunks
-    return chunk ^ ((row << 1 | row >> 2 & 1) & 7);
+#if ELEMENT >= F32
+    // half a warp reads pairs of numbers from rows 0 to 3, or numbers from rows 0, 2, 4, 6
+    const int high = row >> 2 & 1;
+    return chunk ^ (((row & 3) ^ high) << 1 | high);
 #else
     return chunk ^ (row & 7);
 #endif
@@ -77,15 +82,7 @@ DEVICE int pair_of_lane() {
 
 #if ELEMENT >= F32
 
-// Where a thread's first number of A or B lies in a tile; see the 16-bit ones for what they are.
-template<int ROWS> DEVICE u32 place_of_a(u32 tile, int row) {
-    return place<ROWS>(tile, row + row_of_lane(), pair_of_lane());
-}
-
-template<int ROWS> DEVICE u32 place_of_columns(u32 tile, int row) {
-    return place<ROWS>(tile, row + row_of_lane(), pair_of_lane());
-}
-
+// Sums (16 x 8 TILES) on their way to become A.
 template<int TILES> struct Weights {
     Sum x[TILES][4];
 };
@@ -189,7 +186,7 @@ template<int ROWS> DEVICE void load_rows_as_b(B (&b)[2], const RowsOfB& from, in
     b[1].x[1] = x[3];
 }
 
-// Sums (16 x 8 TILES) on their way to become A: rounded at once, which halves their registers.
+// Here they are rounded at once, which halves their registers.
 template<int TILES> struct Weights {
     u32 x[TILES][2];
 };
@@ -217,56 +214,87 @@ DEVICE float number(Stored x) {
 #elif ELEMENT == F32
 
 struct A {
-    u32 high[4], low[4];
+    u32 x[3][4];
 };
 
 struct B {
-    u32 high[2], low[2];
+    u32 x[3][2];
 };
 
-// x = high + low, each with the 11 bits that a product reads: what is lost is half a bit of x.
-DEVICE void split(u32& high, u32& low, float x) {
-    high = round_tf32(x);
-    const float rest = x - __uint_as_float(high);
-    // inf - inf and all else that is not finite is told by the high part alone
-    low = rest == rest ? round_tf32(rest) : 0u;
+DEVICE float cut(float x) {
+    return __uint_as_float(__float_as_uint(x) & 0xffff0000u);
+}
+
+DEVICE u32 high_halves(float low, float high) {
+    return (__float_as_uint(high) & 0xffff0000u) | __float_as_uint(low) >> 16;
+}
+
+// The bits of two numbers, cut into three bfloat16 each: 24 bits are three times 8, so nothing is
+// lost. What is not finite must not come here: inf * 0 is NaN.
+DEVICE void split(u32& a, u32& b, u32& c, float low, float high) {
+    a = high_halves(low, high);
+    low -= cut(low);
+    high -= cut(high);
+    b = high_halves(low, high);
+    low -= cut(low);
+    high -= cut(high);
+    c = high_halves(low, high);
 }
 
 DEVICE void multiply(float (&c)[4], const A& a, const B& b) {
-#if !HALF
-    // the small ones first; without the smallest the error would be four times that of a float
-    mma_tf32(c, a.low, b.low[0], b.low[1]);
-    mma_tf32(c, a.low, b.high[0], b.high[1]);
-    mma_tf32(c, a.high, b.low[0], b.low[1]);
-#endif
-    mma_tf32(c, a.high, b.high[0], b.high[1]);
+    // all but the product of the smallest parts, which is 2^-32 of the whole; the small ones first
+    UNROLL
+    for (int order = HALF ? 1 : 3; order >= 0; order--)
+        UNROLL
+        for (int i = 0; i < 3; i++)
+            if (order - i >= 0 && order - i < 3)
+                mma_bf16(c, a.x[i], b.x[order - i][0], b.x[order - i][1]);
+}
+
+template<int ROWS> DEVICE u32 place_of_a(u32 tile, int row) {
+    return place<ROWS>(tile, row + row_of_lane(), 2 * pair_of_lane());
 }
 
 DEVICE void load_a(A& a, u32 from) {
     UNROLL
-    for (int i = 0; i < 4; i++)
-        split(a.high[i], a.low[i], load_shared<float>((from ^ (i >> 1) * 16) + (i & 1) * 1024));
+    for (int i = 0; i < 4; i++) {
+        const float2 x = load_shared<float2>((from ^ (i >> 1) * 32) + (i & 1) * 1024);
+        split(a.x[0][i], a.x[1][i], a.x[2][i], x.x, x.y);
+    }
+}
+
+template<int ROWS> DEVICE u32 place_of_columns(u32 tile, int row) {
+    return place_of_a<ROWS>(tile, row);
 }
 
 DEVICE void load_rows_as_columns(B (&b)[2], u32 from) {
     UNROLL
-    for (int i = 0; i < 4; i++)
-        split(b[i >> 1].high[i & 1], b[i >> 1].low[i & 1],
-              load_shared<float>((from ^ (i & 1) * 16) + (i >> 1) * 1024));
+    for (int i = 0; i < 4; i++) {
+        B& own = b[i >> 1];
+        const float2 x = load_shared<float2>((from ^ (i & 1) * 32) + (i >> 1) * 1024);
+        split(own.x[0][i & 1], own.x[1][i & 1], own.x[2][i & 1], x.x, x.y);
+    }
 }
 
 template<int ROWS> DEVICE void load_rows_as_b(B (&b)[2], const RowsOfB& from, int row, int column) {
     UNROLL
-    for (int i = 0; i < 4; i++)
-        split(b[i >> 1].high[i & 1], b[i >> 1].low[i & 1],
-              load_shared<float>((moved<ROWS>(from.at[i & 1], column) ^ (i >> 1) * 32) + row * 128));
+    for (int i = 0; i < 4; i++) {
+        B& own = b[i >> 1];
+        float x[2];
+        UNROLL
+        for (int e = 0; e < 2; e++)
+            x[e] = load_shared<float>((moved<ROWS>(from.at[e], column) ^ (i >> 1) * 32)
+                                      + (row + (i & 1) * 8) * 128);
+        split(own.x[0][i & 1], own.x[1][i & 1], own.x[2][i & 1], x[0], x[1]);
+    }
 }
 
 template<int TILES> DEVICE void as_a(A& a, const Weights<TILES>& w, int step) {
-    split(a.high[0], a.low[0], w.x[step][0]);
-    split(a.high[1], a.low[1], w.x[step][2]);
-    split(a.high[2], a.low[2], w.x[step][1]);
-    split(a.high[3], a.low[3], w.x[step][3]);
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        const float (&c)[4] = w.x[2 * step + (i >> 1)];
+        split(a.x[0][i], a.x[1][i], a.x[2][i], c[(i & 1) * 2], c[(i & 1) * 2 + 1]);
+    }
 }
 
 DEVICE float number(Stored x) {
@@ -292,6 +320,14 @@ DEVICE void multiply(double (&c)[4], const A& a, const B& b) {
         c[2 * half] = sums[0];
         c[2 * half + 1] = sums[1];
     }
+}
+
+template<int ROWS> DEVICE u32 place_of_a(u32 tile, int row) {
+    return place<ROWS>(tile, row + row_of_lane(), pair_of_lane());
+}
+
+template<int ROWS> DEVICE u32 place_of_columns(u32 tile, int row) {
+    return place_of_a<ROWS>(tile, row);
 }
 
 DEVICE void load_a(A& a, u32 from) {

@@ -1,8 +1,8 @@
 // linear.cuh -- tiles of tokens and states, as the passes of linear attention read and write them.
 // linear.py has the same structs as NumPy dtypes.
 //
-// HALF: arrays are fp16 and tiles fp32, of which a product takes the digits of tf32. These are as
-// many as fp16 has, and sums over keys and shares of them, which leave its range, do no harm.
+// HALF: arrays are fp16 and tiles fp32, of which a product takes 16 bits: more than fp16 has, and sums
+// over keys and shares of them may leave its range.
 #pragma once
 #include "nonfinite.cuh"
 
@@ -115,7 +115,7 @@ DEVICE Sum as_taken(Sum x) {
 #if ELEMENT <= BF16
     return unpack(pack(x, 0) & 0xffff);
 #elif HALF
-    return __uint_as_float(round_tf32(x));
+    return cut(x) + cut(x - cut(x));
 #else
     return x;
 #endif
@@ -171,8 +171,9 @@ DEVICE void columns_as_a(A& a, const B (&b)[2]) {
 #if ELEMENT == F64
         a.x[i >> 1][i & 1] = b[i & 1].x[i >> 1];
 #elif ELEMENT == F32
-        a.high[i] = b[i & 1].high[i >> 1];
-        a.low[i] = b[i & 1].low[i >> 1];
+        UNROLL
+        for (int part = 0; part < 3; part++)
+            a.x[part][i] = b[i & 1].x[part][i >> 1];
 #else
         a.x[i] = b[i & 1].x[i >> 1];
 #endif

@@ -36,3 +36,55 @@ DEVICE Sum log_of_sum(Sum x, Sum y) {
     const Sum sum = power_of_2((x - most) * LOG2_E) + power_of_2((y - most) * LOG2_E);
     return most + log_2(sum) * LN_2;
 }
+
+// What a pair of the backward comes to.
+struct Pair {
+    Sum weight;         // as it met v
+    Sum dscore;         // of the softcapped score, as bias and offsets saw it
+    Sum dgate;
+    Sum slope;          // d softcapped / d scaled
+    bool seen;          // whether q, k, v and dout meet through it
+};
+
+// `product` is q.k, `pull` is dout.v; lse2 is the row's log-sum-exp in units of log 2. The pair may
+// be `allowed` by mask and lengths; if not, nothing of it is looked at.
+DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool allowed, Sum product,
+                    Sum scale, Sum lse2, Sum pull, Sum delta) {
+    Pair pair = {0, 0, 0, 1, allowed};
+#if TERMS
+    if (!allowed)
+        return pair;
+    bool hidden = false;
+    const Sum score = score_of(s, query, key, product, scale, pair.slope, hidden);
+    if (hidden) {
+        pair.seen = false;
+        return pair;
+    }
+    Sum weight = power_of_2(score - lse2);
+    Sum keep = 1;
+    if (HAS(DROPOUT) && s.threshold) {
+        // forward: out = (weight * keep) v
+        keep = kept(s, query, key);
+        pull *= keep;
+    }
+    pull -= delta;
+    if (HAS(GATE) && s.gate.at) {
+        // forward: weight = gate exp(score - lse)
+        bool rises;
+        const Sum gate = gate_of(s, query, key, rises);
+        pair.dgate = rises ? weight * pull : Sum(0);
+        if (gate == 0) {
+            pair.seen = false;
+            return pair;
+        }
+        weight *= gate;
+    }
+    pair.dscore = weight * pull;
+    pair.weight = weight * keep;
+#else
+    const Sum weight = power_of_2(times_plus(product, scale * LOG2_E, -lse2));
+    pair.weight = allowed ? weight : Sum(0);
+    pair.dscore = allowed ? weight * (pull - delta) : Sum(0);
+#endif
+    return pair;
+}

@@ -72,8 +72,10 @@ def refuses(problem: Any) -> str | None:
     if max(d, e) > WIDTHS[-1]:
         return f"widths must be at most {WIDTHS[-1]}; q and k have {d}, v has {e}"
     name = dtype_name(p.q)
-    if forward_tiling(name, rounded(d), chunk_of_values(name, e), terms_of(p),
-                      device.shared_memory) is None:
+    if (forward_tiling(name, rounded(d), chunk_of_values(name, e), ALL_TERMS,
+                       device.shared_memory) is None
+            or backward_tiling(name, rounded(d), rounded(e), 1, ALL_TERMS,
+                               device.shared_memory) is None):
         return (f"a block of {name} with widths {d} and {e} does not fit the "
                 f"{device.shared_memory} bytes of shared memory that {device.name} has")
     return None
@@ -249,6 +251,126 @@ def forward(problem: Any) -> tuple[Array, Array]:
     if splits > 1:
         join(call, parts, part_lse, out, lse, sinks, wide)
     return out, lse
+
+
+def sums_room(name: str) -> int:
+    """Return how many columns of sums the registers of a backward have room for."""
+    return {"float64": 64, "float32": 128}.get(name, 256)
+
+
+def column_chunk(width: int, room: int) -> int:
+    """Return how many columns a launch sums, where `room` is for so many."""
+    return min(rounded(width), room)
+
+
+@functools.lru_cache(maxsize=256)
+def backward_tiling(name: str, d: int, e: int, columns: int, terms: int,
+                    shared: int) -> Tiling | None:
+    """Return how a backward kernel divides its work, if it sums so many columns."""
+    if name == "float64":
+        choices = [Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
+    elif name == "float32":
+        choices = [Tiling(1, 4, 64, 16, 1), Tiling(1, 4, 32, 16, 1), Tiling(1, 4, 16, 16, 1),
+                   Tiling(1, 2, 16, 16, 1)]
+    else:
+        step = 64 if not terms else 32 if columns <= 128 else 16
+        choices = [Tiling(1, 4, 64, step, 2), Tiling(1, 4, 32, min(step, 32), 1),
+                   Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
+    return next((x for x in choices if backward_shared(name, x, d, e) <= shared), None)
+
+
+def backward_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
+    """Return the bytes of shared memory that a backward kernel needs."""
+    panels = sum(-(-width * item_bytes(name) // 128) * 128 for width in (d, e))
+    rows = 2 * 2 * tiling.load * (8 if name == "float64" else 4)
+    return (tiling.rows + 2 * tiling.load) * panels + rows + 8 * tiling.rows
+
+
+def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
+    """Return the gradients by argument; lse and delta (B, H, N) are those of the merged result."""
+    p, call = problem, Call(problem)
+    device, acc = call.device, np.dtype(call.sums)
+    found = {name: roomy(device, getattr(p, name).shape, acc if name in p.summed else p.q.dtype)
+             for name in ("q", "k", "v")}
+    if 0 in p.q.shape[:3] or call.m == 0:
+        for x in found.values():
+            x[...] = 0
+        return found | {"scale": device.zeros((call.heads,), acc)} | gradients_of_terms(
+            call, dout, lse, delta)
+    dout = readable(device, dout)
+    lse, delta = (contiguous(as_sums(x, call.name)) for x in (lse, delta))
+    launch_keys(call, found, dout, lse, delta)
+    found["scale"] = launch_queries(call, found, dout, lse, delta)
+    return found | gradients_of_terms(call, dout, lse, delta)
+
+
+def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
+                delta: Array) -> None:
+    """Compute the gradients of k and v."""
+    device, d, e = call.device, rounded(call.d), rounded(call.e)
+    room = sums_room(call.name)
+    # (columns of dk and of dv, and where they begin) of each launch
+    if d + e <= room:
+        launches = [(d, e, 0, 0)]
+    else:
+        launches = [(column_chunk(call.d, room), 0, first, 0)
+                    for first in range(0, call.d, column_chunk(call.d, room))]
+        launches += [(0, column_chunk(call.e, room), 0, first)
+                     for first in range(0, call.e, column_chunk(call.e, room))]
+    arguments = np.zeros((), struct(
+        ("problem", call.structs["problem"]), ("dout", OPERAND), ("dk", OPERAND), ("dv", OPERAND),
+        *fields("u8", "wide_dk wide_dv lse delta"),
+        *fields("i4", "dk_width dv_width dk_from dv_from")))
+    arguments["problem"] = call.problem(1, transposed=True)
+    arguments["dout"] = operand(device, dout)
+    arguments["lse"], arguments["delta"] = device.address(lse), device.address(delta)
+    for name in ("k", "v"):
+        put_result(call, arguments, f"d{name}", found[name], wide=name in call.p.summed)
+    for dk, dv, dk_from, dv_from in launches:
+        tiling = backward_tiling(call.name, d, e, dk + dv, call.terms, device.shared_memory)
+        assert tiling is not None
+        arguments["dk_from"], arguments["dv_from"] = dk_from, dv_from
+        device.launch(kernel(call.name, "softmax_backward_keys", tiling, d, e, call.terms, DK=dk,
+                             DV=dv),
+                      call.batch * call.groups * -(-call.m // tiling.rows), arguments,
+                      backward_shared(call.name, tiling, d, e))
+
+
+def launch_queries(call: Call, found: dict[str, Array], dout: Array, lse: Array,
+                   delta: Array) -> Array:
+    """Compute the gradient of q; return that of the scale, (H,)."""
+    device, d, e = call.device, rounded(call.d), rounded(call.e)
+    chunk = column_chunk(call.d, sums_room(call.name))
+    tiling = backward_tiling(call.name, d, e, chunk, call.terms, device.shared_memory)
+    assert tiling is not None
+    arguments = np.zeros((), struct(
+        ("problem", call.structs["problem"]), ("dout", OPERAND), ("dq", OPERAND),
+        *fields("u8", "wide_dq lse delta dscale"), *fields("i4", "dq_width dq_from")))
+    arguments["problem"] = call.problem(1)
+    arguments["dout"] = operand(device, dout)
+    arguments["lse"], arguments["delta"] = device.address(lse), device.address(delta)
+    put_result(call, arguments, "dq", found["q"], wide="q" in call.p.summed)
+    starts = range(0, call.d, chunk)
+    dscale = device.empty((len(starts), *lse.shape), np.dtype(call.sums))
+    for number, first in enumerate(starts):
+        arguments["dq_from"], arguments["dscale"] = first, device.address(dscale[number])
+        device.launch(kernel(call.name, "softmax_backward_queries", tiling, d, e, call.terms,
+                             DQ=chunk),
+                      call.batch * call.heads * -(-call.n // tiling.rows), arguments,
+                      backward_shared(call.name, tiling, d, e))
+    return dscale.sum((0, 1, 3))
+
+
+def put_result(call: Call, arguments: np.ndarray, name: str, x: Array, *, wide: bool) -> None:
+    """Tell a kernel where a gradient goes: as it is, or in acc where it is `wide`."""
+    arguments[name] = operand(call.device, x)
+    arguments[f"wide_{name}"] = call.device.address(x) if wide else 0
+    arguments[f"{name}_width"] = x.strides[2] // x.itemsize
+
+
+def gradients_of_terms(call: Call, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
+    """Return the gradients of bias, gate and offsets, where given."""
+    return {}
 
 
 def is_packed(call: Call) -> bool:

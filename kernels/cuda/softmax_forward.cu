@@ -223,6 +223,8 @@ softmax_forward(const __grid_constant__ ForwardArguments a) {
         const Row row = block.row(p, number);
         return row.live ? p.q.head(block.batch, row.head) + row.query * p.q.n : 0;
     });
+    if (ELEMENT == F32)
+        commit_copies();
 
     const int split = blockIdx.y;
     const int begin = split * a.tiles_of_split;
@@ -243,6 +245,11 @@ softmax_forward(const __grid_constant__ ForwardArguments a) {
     if (walk.here(end))
         load(0);
     commit_copies();
+    bool bad_queries = false;
+    if (ELEMENT == F32) {
+        wait_copies<1>();
+        bad_queries = any_bad<ROWS, D>(q_tile);
+    }
 
     for (int slot = 0; walk.here(end); slot ^= 1) {
         const int tile_from = from;
@@ -267,7 +274,9 @@ softmax_forward(const __grid_constant__ ForwardArguments a) {
         const u32 k_tile = k_tiles + slot * K_SIZE;
         const u32 v_tile = v_tiles + slot * V_SIZE;
         bool bad = false;
-        if (masked)
+        if (ELEMENT == F32)
+            bad = __syncthreads_or(bad_queries | any_bad<LOAD, D>(k_tile) | any_bad<LOAD, E>(v_tile));
+        else if (masked)
             bad = __syncthreads_or(any_bad<LOAD, E>(v_tile));
         else
             __syncthreads();
@@ -281,7 +290,10 @@ softmax_forward(const __grid_constant__ ForwardArguments a) {
                 Sum scores[SLICES][STEP / 8][4];
                 // scores = q k^T
                 clear(scores);
-                multiply_transposed<ROWS, LOAD, D>(scores, q_tile, own, k_tile, step);
+                if (ELEMENT == F32 && bad)
+                    multiply_numbers<ROWS, LOAD, D>(scores, q_tile, own, k_tile, step);
+                else
+                    multiply_transposed<ROWS, LOAD, D>(scores, q_tile, own, k_tile, step);
                 UNROLL
                 for (int s = 0; s < SLICES; s++)
                     UNROLL
@@ -289,7 +301,7 @@ softmax_forward(const __grid_constant__ ForwardArguments a) {
                         const int number = own + 16 * s + 8 * h + row_of_lane();
                         const Row row = block.row(p, number);
                         RowBits<STEP>& seen = bits[s][h];
-                        if (masked)
+                        if (masked || bad)
                             seen.set(bits_of_row(p.lists, row.live ? kind : NONE, row.query % TILE,
                                                  columns), tile_from + step);
                         const Sum unit = change_row(p, block, row, key + step, scores[s], h, seen);

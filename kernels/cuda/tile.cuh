@@ -89,6 +89,33 @@ DEVICE void multiply_transposed(Sum (&c)[ROW_SLICES][TILES][4], u32 x, int row, 
     }
 }
 
+// The same, number by number: for fp32 that is not finite, which cannot be split for products.
+template<int X_ROWS, int Y_ROWS, int WIDTH, int ROW_SLICES, int TILES>
+DEVICE void multiply_numbers(Sum (&c)[ROW_SLICES][TILES][4], u32 x, int row, u32 y, int column) {
+    _Pragma("unroll 1")
+    for (int d = 0; d < WIDTH; d++) {
+        Sum own[ROW_SLICES][2];
+        UNROLL
+        for (int s = 0; s < ROW_SLICES; s++)
+            UNROLL
+            for (int h = 0; h < 2; h++)
+                own[s][h] = number(load_shared<Stored>(
+                    place<X_ROWS>(x, row + 16 * s + 8 * h + row_of_lane(), d)));
+        UNROLL
+        for (int i = 0; i < TILES; i++)
+            UNROLL
+            for (int e = 0; e < 2; e++) {
+                const Sum other = number(load_shared<Stored>(
+                    place<Y_ROWS>(y, column + 8 * i + 2 * pair_of_lane() + e, d)));
+                UNROLL
+                for (int s = 0; s < ROW_SLICES; s++)
+                    UNROLL
+                    for (int h = 0; h < 2; h++)
+                        c[s][i][2 * h + e] = times_plus(own[s][h], other, c[s][i][2 * h + e]);
+            }
+    }
+}
+
 // C (16 ROW_SLICES x WIDTH) += P Y for P (16 ROW_SLICES x 8 TILES), and rows from `row` on of tile y.
 template<int Y_ROWS, int WIDTH, int ROW_SLICES, int TILES>
 DEVICE void multiply_weights(Sum (&c)[ROW_SLICES][WIDTH / 8][4],
