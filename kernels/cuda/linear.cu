@@ -18,139 +18,13 @@
 // for every row, so spans can be summed first (READS = 0), these sums be joined (linear_scan.cu), and
 // then all spans be walked at once, each from the state before it. The state stays in registers; of
 // it, rounded to what products take, there is a copy in shared memory for the step's rows.
-//
-// PASS, READS, CAUSAL and KIND are constants of a kernel, or with GENERIC what its arguments say.
 #include "linear.cuh"
 
-#if GENERIC
-#define PASS a.pass
-#define READS a.reads
-#define CAUSAL a.causal
-#define KIND a.kind
-#endif
-
-enum { OUT = 0, DQ = 1, DV = 2, DK = 3 };
-
 enum {
-    ROW_WARPS = TOKENS / 16,            // warps that share out the rows of a step
-    PARTS = WARPS / ROW_WARPS,          // and the columns of the result
-    RESULT = SIDE / PARTS,
-    STRIP_WARPS = WARPS < SIDE / 16 ? WARPS : SIDE / 16,      // the same of the state
+    STRIP_WARPS = WARPS < SIDE / 16 ? WARPS : SIDE / 16,    // warps that share out the state's rows
     STRIPS = SIDE / 16 / STRIP_WARPS,
-    STATE_PARTS = WARPS / STRIP_WARPS,
+    STATE_PARTS = WARPS / STRIP_WARPS,                      // and its columns
     STATE_COLUMNS = SIDE / STATE_PARTS
-};
-static_assert(PARTS == 1 || RESULT % PANEL == 0, "parts of a tile are whole panels");
-
-struct LinearArguments {
-    Array x, y, z, out;
-    Array tokens;               // DQ: q; DK: k
-    Sum* den;                   // OUT: (batch, heads, n), or 0
-    const Sum* inverse;         // 1 / denominator, or 0 of empty rows; and the gradient of each
-    const Sum* pull;            // denominator: (batch, heads, n); 0: not normalised
-    States before, after;       // of spans; at = 0: zeros, and not wanted
-    const int* q_lengths;       // (batch,)
-    const int* kv_lengths;
-    const int* offset;
-    int batch, heads, groups, n, m, f, e;
-    int each;                   // steps of a span
-    int pass, reads, causal, kind, normalize;
-    Sum scale, epsilon, added;
-};
-
-// Rows and columns of a step: row r meets column c iff c <= r + shift, if columns are keys, and else
-// iff r <= c + shift.
-struct Step {
-    int row, rows, column, columns, shift;
-};
-
-DEVICE int clipped(int x, int limit) {
-    return min(max(x, 0), limit);
-}
-
-struct Sequence {
-    int queries, keys, offset, first, steps;
-    bool by_query;
-
-    __device__ __forceinline__ Sequence(const LinearArguments& a, int batch) {
-        queries = a.q_lengths[batch];
-        keys = a.kv_lengths[batch];
-        offset = a.offset[batch];
-        by_query = PASS <= DQ;
-        // of positions the first, a multiple of TOKENS, and how many steps there are from there on
-        first = 0;
-        int end = by_query == bool(READS) ? queries : keys;
-        if (CAUSAL) {
-            first = offset < 0 ? -((TOKENS - 1 - offset) / TOKENS * TOKENS) : 0;
-            end = max(keys, queries + offset);
-        }
-        steps = (end - first + TOKENS - 1) / TOKENS;
-    }
-
-    __device__ __forceinline__ Step step(const LinearArguments& a, int number) const {
-        const int start = first + number * TOKENS;
-        const int shifted = CAUSAL ? start - offset : start;
-        const int i = clipped(shifted, queries);
-        const int i_count = clipped(shifted + TOKENS, queries) - i;
-        const int j = clipped(start, keys);
-        const int j_count = clipped(start + TOKENS, keys) - j;
-        const int shift = i + offset - j;
-        Step step = by_query ? Step{i, i_count, j, j_count, shift} : Step{j, j_count, i, i_count, shift};
-        if (!CAUSAL && READS)
-            step.columns = 0;
-        if (!READS)
-            step.rows = 0;
-        return step;
-    }
-};
-
-DEVICE Sum feature(const LinearArguments& a, Sum x) {
-    const Sum h = a.scale * x;
-    if (KIND == ELU1)
-        return h > 0 ? h + 1 : exponential(h);
-    if (KIND == RELU)
-        return (h < 0 ? Sum(0) : h) + a.epsilon;
-    return h;
-}
-
-// The gradient of a token's number x whose feature has the gradient dphi.
-DEVICE Sum pulled(const LinearArguments& a, Sum x, Sum dphi) {
-    const Sum h = a.scale * x;
-    if (KIND == ELU1)
-        dphi *= h > 0 ? Sum(1) : exponential(h);
-    if (KIND == RELU)
-        dphi = h > 0 ? dphi : Sum(0);
-    return a.scale * dphi;
-}
-
-// What a block knows of its work, and where it keeps it.
-struct Block {
-    int batch, group, shared_heads, part, own, part_column;
-    u32 x, y, z, state, raw_x, raw_y, raw_z, lasts, pulls, shares, words;
-
-    __device__ __forceinline__ Block(const LinearArguments& a) {
-        batch = blockIdx.x / a.groups;
-        group = blockIdx.x % a.groups;
-        shared_heads = a.heads / a.groups;
-        const int warp = threadIdx.x / 32;
-        own = warp % ROW_WARPS * 16;
-        part_column = warp / ROW_WARPS * RESULT;
-        x = shared_base();
-        y = x + TOKEN_TILE;
-        z = y + TOKEN_TILE;
-        state = z + TOKEN_TILE;
-        raw_x = state + TileSize<SIDE, SIDE>::SIZE;
-        raw_y = raw_x + RAW_TILE;
-        raw_z = raw_y + RAW_TILE;
-        lasts = raw_z + RAW_TILE;
-        pulls = lasts + SIDE * sizeof(Sum);
-        shares = pulls + TOKENS * sizeof(Sum);
-        words = shares + TOKENS * sizeof(Sum) + warp * 16 * 8;
-    }
-
-    __device__ __forceinline__ int row(int h) const {
-        return own + row_of_lane() + 8 * h;
-    }
 };
 
 // A head at a step. Where rows are queries the heads of a group take turns with the same columns;
@@ -176,11 +50,11 @@ DEVICE int columns_head(const LinearArguments& a, const Block& block, const Visi
 }
 
 DEVICE int width_of_x(const LinearArguments& a) {
-    return PASS == OUT || PASS == DV ? a.f : a.e;
+    return PASS == OUT || PASS == DV ? a.d : a.e;
 }
 
 DEVICE int width_of_z(const LinearArguments& a) {
-    return PASS == OUT || PASS == DV ? a.e : a.f;
+    return PASS == OUT || PASS == DV ? a.e : a.d;
 }
 
 DEVICE void fetch_columns(const LinearArguments& a, const Block& block, const Step& step,
@@ -201,8 +75,14 @@ DEVICE void fetch_visit(const LinearArguments& a, const Block& block, const Step
 }
 
 // Takes tokens that were fetched as features, as values, or as g; says whether all is finite.
-DEVICE bool take_features(const LinearArguments& a, u32 tile, u32 raw, int count) {
-    return take(tile, raw, count, a.f, [&](int, Sum x) { return feature(a, x); });
+DEVICE bool take_features(const LinearArguments& a, const Block& block, u32 tile, u32 raw,
+                          int count) {
+    if (!PROJECTED)
+        return take(tile, raw, count, a.d, [&](int, Sum x) { return feature(a, a.scale * x); });
+    Projected projected(a, block, tile, raw, count);
+    for (int r = 0; r < 2; r++)
+        projected.each(a, block, r, [&](int, Sum& x) { x = feature(a, x); });
+    return projected.store(a, block, tile, count);
 }
 
 DEVICE bool take_values(const LinearArguments& a, u32 tile, u32 raw, int count) {
@@ -224,7 +104,7 @@ DEVICE bool take_pulls(const LinearArguments& a, const Block& block, u32 tile, u
 
 DEVICE void take_rows(const LinearArguments& a, const Block& block, const Step& step, int head) {
     if (PASS == OUT || PASS == DV)
-        take_features(a, block.x, block.raw_x, step.rows);
+        take_features(a, block, block.x, block.raw_x, step.rows);
     else if (PASS == DQ)
         take_pulls(a, block, block.x, block.raw_x, head, step.row, step.rows);
     else
@@ -233,7 +113,7 @@ DEVICE void take_rows(const LinearArguments& a, const Block& block, const Step& 
 
 DEVICE void take_y(const LinearArguments& a, const Block& block, const Step& step, int head) {
     if (PASS == OUT || PASS == DV)
-        take_features(a, block.y, block.raw_y, step.columns);
+        take_features(a, block, block.y, block.raw_y, step.columns);
     else if (PASS == DQ)
         take_values(a, block.y, block.raw_y, step.columns);
     else
@@ -245,7 +125,7 @@ DEVICE bool take_z(const LinearArguments& a, const Block& block, const Step& ste
         return take_values(a, block.z, block.raw_z, step.columns);
     if (PASS == DV)
         return take_pulls(a, block, block.z, block.raw_z, head, step.column, step.columns);
-    return take_features(a, block.z, block.raw_z, step.columns);
+    return take_features(a, block, block.z, block.raw_z, step.columns);
 }
 
 // Writes 1 / denominator and the gradients of the denominators of a step's queries to shared memory.
@@ -264,8 +144,37 @@ DEVICE void take_denominators(const LinearArguments& a, const Block& block,
     }
 }
 
-DEVICE Sum shared_sum(u32 from, int number) {
-    return load_shared<Sum>(from + number * u32(sizeof(Sum)));
+// Of kind EXP: writes what the queries and keys of a step are weighed by to shared memory, and returns
+// by what the state is multiplied.
+//
+//     base      of a query, the largest stabiliser of the keys that it sees
+//     query     exp(before - base): its share of the state
+//     key       exp(top - after): a key's share of the state behind the step
+//
+// with `before` and `after`, the largest stabilisers before and behind the step. Pairs of the step
+// itself have the weight exp(top - base). No factor is above 1, and no query knows a later key's.
+DEVICE Sum weigh(const LinearArguments& a, const Block& block, const Step& step) {
+    const Sum* running = a.running + i64(blockIdx.x) * (a.chunks + 1);
+    const bool all = !CAUSAL && (READS || PASS >= DV);      // keys are behind the steps
+    const Sum before = running[all ? a.chunks : clipped(step.chunk, a.chunks)];
+    const Sum after = running[all ? a.chunks : clipped(step.chunk + 1, a.chunks)];
+    const int token = threadIdx.x;
+    if (token < TOKENS) {
+        const Sum* tops = a.tops + i64(blockIdx.x) * a.m + step.key;
+        Sum base = before;
+        if (CAUSAL)
+            for (int c = 0; c < min(token + step.shift + 1, step.keys); c++)
+                base = larger_number(base, tops[c]);
+        base = subtractable(base);
+        const Sum top = token < step.keys ? tops[token] : -INFINITE;
+        const Sum query = exponential(before - base);
+        const Sum key = exponential(top - subtractable(after));
+        store_sum(block.tops, token, top);
+        store_sum(block.bases, token, base);
+        store_sum(block.row_factors, token, PASS <= DQ ? query : key);
+        store_sum(block.column_factors, token, PASS <= DQ ? key : query);
+    }
+    return exponential(before - subtractable(after));
 }
 
 // The block's state: a warp has STRIPS strips of 16 rows of it, in one of STATE_PARTS parts.
@@ -341,7 +250,8 @@ struct State {
     __device__ __forceinline__ void absorb(const LinearArguments& a, const Block& block) {
         multiply_columns<STRIPS, STATE_COLUMNS / 8>(
             sums, block.z, int(threadIdx.x) / 32 % STRIP_WARPS * STRIPS * 16, block.y,
-            int(threadIdx.x) / 32 / STRIP_WARPS * STATE_COLUMNS);
+            int(threadIdx.x) / 32 / STRIP_WARPS * STATE_COLUMNS,
+            KIND == EXP ? block.column_factors : 0u);
         // of dv nothing needs the vector
         if (!a.normalize || PASS == DV || threadIdx.x >= SIDE)
             return;
@@ -349,8 +259,22 @@ struct State {
         for (int token = 0; token < TOKENS; token++) {
             const u32 from = place<TOKENS>(PASS == OUT ? block.y : block.z, token, threadIdx.x);
             const Sum phi = number(load_shared<Stored>(from));
-            last = times_plus(phi, PASS == DK ? shared_sum(block.pulls, token) : Sum(1), last);
+            Sum factor = KIND == EXP ? shared_sum(block.column_factors, token) : Sum(1);
+            if (PASS == DK)
+                factor *= shared_sum(block.pulls, token);
+            last = times_plus(phi, factor, last);
         }
+    }
+
+    __device__ __forceinline__ void shrink(Sum factor) {
+        UNROLL
+        for (int s = 0; s < STRIPS; s++)
+            UNROLL
+            for (int i = 0; i < STATE_COLUMNS / 8; i++)
+                UNROLL
+                for (int x = 0; x < 4; x++)
+                    sums[s][i][x] *= factor;
+        last *= factor;
     }
 };
 
@@ -364,32 +288,38 @@ struct Found {
         clear(sums);
         den[0] = den[1] = 0;
         multiply_rows<SIDE>(sums, block.x, block.own, block.state, block.part_column);
-        if (!a.normalize || PASS == DV)
-            return;
         UNROLL
         for (int h = 0; h < 2; h++) {
-            if (PASS == OUT) {
+            const int row = block.row(h);
+            const Sum factor = KIND == EXP ? shared_sum(block.row_factors, row) : Sum(1);
+            if (PASS == OUT && a.normalize) {
                 // a thread does a quarter of the row
                 for (int chunk = pair_of_lane(); chunk < SIDE / CHUNK; chunk += 4) {
                     Chunk phi;
-                    phi.all = load_shared<uint4>(
-                        place<TOKENS>(block.x, block.row(h), chunk * CHUNK));
+                    phi.all = load_shared<uint4>(place<TOKENS>(block.x, row, chunk * CHUNK));
                     UNROLL
                     for (int c = 0; c < CHUNK; c++)
                         den[h] = times_plus(number(phi.stored[c]),
                                             shared_sum(block.lasts, chunk * CHUNK + c), den[h]);
                 }
-                continue;
+                den[h] *= factor;
             }
-            const Sum pull = PASS == DQ ? shared_sum(block.pulls, block.row(h)) : Sum(1);
-            const Sum share = PASS == DQ ? shared_sum(block.shares, block.row(h)) : Sum(1);
+            const bool also_last = a.normalize && (PASS == DQ || PASS == DK);
+            if (!also_last && KIND != EXP)
+                continue;
+            const bool divided = also_last && PASS == DQ;
+            const Sum pull = divided ? shared_sum(block.pulls, row) : Sum(1);
+            const Sum share = divided ? shared_sum(block.shares, row) : Sum(1);
             UNROLL
             for (int i = 0; i < RESULT / 8; i++)
                 UNROLL
                 for (int c = 0; c < 2; c++) {
                     const int f = block.part_column + 8 * i + 2 * pair_of_lane() + c;
-                    sums[0][i][2 * h + c] = times_plus(pull, shared_sum(block.lasts, f),
-                                                       share * sums[0][i][2 * h + c]);
+                    Sum& x = sums[0][i][2 * h + c];
+                    x *= share;
+                    if (also_last)
+                        x = times_plus(pull, shared_sum(block.lasts, f), x);
+                    x *= factor;
                 }
         }
     }
@@ -419,6 +349,12 @@ struct Found {
                         x = times_plus(share, x, pull);
                     if (a.normalize && PASS == DK)
                         x += shared_sum(block.pulls, 8 * i + 2 * pair_of_lane() + c);
+                    if (KIND == EXP) {
+                        const int column = 8 * i + 2 * pair_of_lane() + c;
+                        const Sum top = shared_sum(block.tops, PASS <= DQ ? column : row);
+                        const Sum base = shared_sum(block.bases, PASS <= DQ ? row : column);
+                        x *= exponential(top > base ? Sum(0) : top - base);
+                    }
                     x = bits[h].get(i, c) ? x : Sum(0);
                     // a row of one key is its value: the denominator adds up what products take
                     if (PASS == OUT)
@@ -442,6 +378,34 @@ struct Found {
         multiply_weights<TOKENS, RESULT>(sums, weights, z, 0);
     }
 
+    // Gradients of projected features become those of tokens, which lie in the tile of the rows then.
+    __device__ __forceinline__ void project_back(const LinearArguments& a, const Block& block,
+                                                 const Step& step) {
+        wait_copies<0>();
+        __syncthreads();            // the rows have been read
+        Projected projected(a, block, block.x, block.raw_tokens, step.rows);
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            UNROLL
+            for (int i = 0; i < RESULT / 8; i++)
+                UNROLL
+                for (int c = 0; c < 2; c++) {
+                    Sum& x = projected.h[0][i][2 * h + c];
+                    x = slope(a, x) * sums[0][i][2 * h + c];
+                }
+            Sum total = 0;
+            projected.each(a, block, h, [&](int, Sum& x) { total += x; });
+            total += __shfl_xor_sync(~0u, total, 1);
+            total += __shfl_xor_sync(~0u, total, 2);
+            if (pair_of_lane() == 0)
+                store_sum(block.totals + block.part * TOKENS * u32(sizeof(Sum)), block.row(h), total);
+        }
+        projected.store(a, block, block.x, step.rows);
+        __syncthreads();
+        clear(sums);
+        multiply_by(sums, block.x, block.own, block.projection, block.part_column);
+    }
+
     __device__ __forceinline__ void write(const LinearArguments& a, const Block& block,
                                           const Step& step, int head) const {
         UNROLL
@@ -453,13 +417,18 @@ struct Found {
                 total += __shfl_xor_sync(~0u, total, 1);
                 total += __shfl_xor_sync(~0u, total, 2);
                 // an empty row stays one
-                total = total == 0 ? Sum(0) : total + a.added;
+                total = larger(total, -total) <= a.least ? Sum(0) : total + a.added;
                 share = total == 0 ? Sum(0) : 1 / total;
                 if (row < step.rows && block.part_column == 0 && pair_of_lane() == 0)
                     a.den[(i64(block.batch) * a.heads + head) * a.n + step.row + row] = total;
             }
             if (row >= step.rows)
                 continue;
+            Sum total = 0;
+            if (PROJECTED && KIND == EXP && (PASS == DQ || PASS == DK))
+                UNROLL
+                for (int part = 0; part < PARTS; part++)
+                    total += shared_sum(block.totals, part * TOKENS + row);
             Raw* to = a.out.token(block.batch, head, step.row + row);
             const int width = width_of_z(a);
             UNROLL
@@ -476,8 +445,16 @@ struct Found {
                     Sum token[2];
                     load_pair(a.tokens.token(block.batch, head, step.row + row) + column, token[0],
                               token[1]);
-                    x = pulled(a, token[0], x);
-                    y = pulled(a, token[1], y);
+                    if (!PROJECTED) {
+                        x *= slope(a, a.scale * token[0]);
+                        y *= slope(a, a.scale * token[1]);
+                    } else if (KIND == EXP) {
+                        // forward: phi = exp(h - |x|^2 / 2)
+                        x -= total * (a.scale * token[0]);
+                        y -= total * (a.scale * token[1]);
+                    }
+                    x *= a.scale;
+                    y *= a.scale;
                 }
                 store_raw_pair(to + column, x, y);
             }
@@ -503,6 +480,8 @@ linear(const __grid_constant__ LinearArguments a) {
         return Visit{backwards ? end - 1 - step : begin + step, number % heads};
     };
 
+    if (PROJECTED)
+        fetch_projection(a, block);
     State state;
     state.load(a, a.before, blockIdx.x, CAUSAL || !READS ? blockIdx.y : 0);
     Found found;
@@ -517,8 +496,8 @@ linear(const __grid_constant__ LinearArguments a) {
         const Step step = sequence.step(a, visit.number);
         const int rows_of = rows_head(a, block, visit);
         const int columns_of = columns_head(a, block, visit);
-        __syncthreads();            // the tiles are free
         wait_copies<0>();
+        __syncthreads();            // the tiles are free; the projection is there
         if (visit.rows_are_new(a))
             take_rows(a, block, step, rows_of);
         if (visit.columns_are_new(a)) {
@@ -535,10 +514,15 @@ linear(const __grid_constant__ LinearArguments a) {
             take_denominators(a, block, step, visit);
         if (READS && visit.head == 0)
             state.publish(block);
+        if (KIND == EXP && visit.head == 0)
+            state.shrink(weigh(a, block, step));
         if (number + 1 < visits) {
             const Visit next = visit_of(number + 1);
             fetch_visit(a, block, sequence.step(a, next.number), next);
         }
+        const bool projects_back = PROJECTED && READS && (PASS == DQ || PASS == DK);
+        if (projects_back && visit.rows_are_new(a))
+            fetch(block.raw_tokens, a.tokens, block.batch, rows_of, step.row, step.rows, a.d);
         commit_copies();
         if (CAUSAL && READS) {
             bad = __syncthreads_or(bad);
@@ -556,8 +540,11 @@ linear(const __grid_constant__ LinearArguments a) {
                 found.read(a, block);
             if (CAUSAL && step.columns > 0)
                 found.meet(a, block, step, bad);
-            if (PASS <= DQ || visit.head == block.shared_heads - 1)
+            if (PASS <= DQ || visit.head == block.shared_heads - 1) {
+                if (projects_back)
+                    found.project_back(a, block, step);
                 found.write(a, block, step, rows_of);
+            }
         }
     }
     wait_copies<0>();

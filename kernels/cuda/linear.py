@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyattn.arrays import Array, dtype_name
+from pyattn.arrays import Array, dtype_name, namespace
 
 from . import device as devices
 from .device import Kernel
@@ -38,7 +38,7 @@ from .layout import (
     sum_type,
 )
 
-KINDS = ("identity", "elu1", "relu")
+KINDS = ("identity", "elu1", "relu", "exp")
 """As linear.cuh numbers them."""
 
 WIDTHS = (32, 64, 128)
@@ -52,9 +52,6 @@ OCCUPIED = 2
 
 SHORTEST = 4
 """Steps of a span, at least."""
-
-SCAN_THREADS = 64
-ROW_THREADS = 128
 
 
 class Tiling(NamedTuple):
@@ -80,12 +77,21 @@ def tiling(name: str, widest: int) -> Tiling:
                   2 if WIDTHS[number] <= 64 else 1)
 
 
-def shared_bytes(name: str, x: Tiling) -> int:
-    """Return the bytes of shared memory that a block needs."""
+def shared_bytes(name: str, x: Tiling, projected: bool) -> int:
+    """Return the bytes of shared memory that a block needs; see Block in linear.cuh."""
     raw = np.dtype(np.float16).itemsize if name in ("float16", "bfloat16") else sum_bytes(name)
     row = max(128, x.width * (raw if name == "bfloat16" else sum_bytes(name)))
     tiles = 3 * x.tokens * (row + x.width * raw) + x.width * row
-    return tiles + (x.width + 2 * x.tokens) * sum_bytes(name) + x.warps * 16 * 8
+    total = tiles + (x.width + 2 * x.tokens) * sum_bytes(name) + x.warps * 16 * 8
+    if projected:
+        parts = x.warps * 16 // x.tokens
+        total += x.width * (row + x.tokens * raw) + (4 + 2 * parts) * x.tokens * sum_bytes(name)
+    return total
+
+
+def is_projected(made: Any) -> bool:
+    """Whether features are products with a projection; those of kind "exp" in any case."""
+    return made.kind == "exp" or made.projection is not None
 
 
 def sum_bytes(name: str) -> int:
@@ -98,18 +104,16 @@ def refuses(problem: Any) -> str | None:
     reason = devices.missing(p.q)
     if reason is not None:
         return reason
-    if p.feature_map.projection is not None:
-        return "it has no kernel for features with a projection yet"
-    if p.feature_map.kind not in KINDS:
-        return f"it has no kernel for features of kind {p.feature_map.kind!r} yet"
-    widest = max(p.q.shape[3], p.v.shape[3])
-    if widest > WIDTHS[-1]:
-        return (f"features and values must be at most {WIDTHS[-1]} wide; q and k have "
-                f"{p.q.shape[3]}, v has {p.v.shape[3]}")
+    made, e = p.feature_map, p.v.shape[3]
+    d, f = p.q.shape[3], made.width(p.q.shape[3])
+    if max(d, f, e) > WIDTHS[-1]:
+        return (f"tokens, features and values must be at most {WIDTHS[-1]} wide; q and k have {d}, "
+                f"their features {f}, v has {e}")
     device, name = devices.of(p.q), dtype_name(p.q)
-    if shared_bytes(name, tiling(name, widest)) > device.shared_memory:
-        return (f"a block of {name} with features and values {widest} wide does not fit the "
-                f"{device.shared_memory} bytes of shared memory that {device.name} has")
+    if shared_bytes(name, tiling(name, max(d, f, e)), is_projected(made)) > device.shared_memory:
+        return (f"a block of {name} with {f} {'projected ' * is_projected(made)}features, and values "
+                f"{e} wide, does not fit the {device.shared_memory} bytes of shared memory that "
+                f"{device.name} has")
     return None
 
 
@@ -140,10 +144,14 @@ def configurations() -> list[Kernel]:
                     choices.append({"reads": 1, "causal": 0})
                 if pass_ in (OUT, DK):
                     choices.append({"reads": 0, "causal": 1})
-                found += [walk_kernel(name, x, {"pass": pass_, "kind": 1, **choice}, False)
-                          for choice in choices]
-        found += [kernel(name, x, "linear_scan", THREADS=SCAN_THREADS),
-                  kernel(name, x, "linear_pull", THREADS=ROW_THREADS)]
+                kinds = [("elu1", 0)]
+                if width == 64:
+                    kinds += [("relu", 1), ("exp", 1)]
+                found += [walk_kernel(name, x, {"pass": pass_, "kind": KINDS.index(kind),
+                                                "projected": projected, **choice}, False)
+                          for choice in choices for kind, projected in kinds]
+        found += [kernel(name, x, file, GENERIC=1)
+                  for file in ("linear_scan", "linear_pull", "linear_running")]
     return found
 
 
@@ -156,13 +164,19 @@ def walk_struct(sums: str) -> np.dtype:
     return struct(
         *((name, OPERAND) for name in ("x", "y", "z", "out", "tokens")),
         *fields("u8", "den inverse pull"), ("before", STATES), ("after", STATES),
-        *fields("u8", "q_lengths kv_lengths offset"),
-        *fields("i4", "batch heads groups n m f e each pass reads causal kind normalize"),
-        *fields(sums, "scale epsilon added"))
+        *fields("u8", "projection tops running q_lengths kv_lengths offset"),
+        *fields("i4", "batch heads groups n m d f e each chunks pass reads causal kind projected"),
+        *fields("i4", "normalize"), *fields(sums, "scale epsilon added least"))
 
 
-SCAN = struct(("given", STATES), ("after", STATES), ("states", STATES),
-              *fields("i4", "spans f e normalize backwards"))
+@functools.cache
+def scan_struct(sums: str) -> np.dtype:
+    """Return ScanArguments of linear_scan.cu."""
+    return struct(("walk", walk_struct(sums)), ("given", STATES), ("after", STATES),
+                  ("states", STATES), *fields("i4", "spans"))
+
+
+RUNNING = struct(*fields("u8", "running"), *fields("i4", "rows columns"))
 PULL = struct(("dout", OPERAND), ("out", OPERAND), *fields("u8", "den inverse pull q_lengths"),
               *fields("i4", "batch heads n e"))
 
@@ -174,10 +188,11 @@ class Call(Keeper):
         super().__init__(devices.of(p.q))
         self.p, self.name = p, dtype_name(p.q)
         self.acc = np.dtype(sum_type(self.name))
-        self.batch, self.heads, self.n, self.f = p.q.shape
+        self.batch, self.heads, self.n, self.d = p.q.shape
+        self.f = p.feature_map.width(self.d)
         _, self.groups, self.m, self.e = p.v.shape
         self.pairs = self.batch * self.groups
-        self.tiling = tiling(self.name, max(self.f, self.e))
+        self.tiling = tiling(self.name, max(self.d, self.f, self.e))
         self.q, self.k, self.v = (readable(self.device, x) for x in (p.q, p.k, p.v))
         self.generic = bool(getattr(self.device, "generic", False))
 
@@ -220,12 +235,58 @@ class Call(Keeper):
         p, made, record = self.p, self.p.feature_map, np.zeros((), walk_struct(self.acc.str[1:]))
         for name in ("q_lengths", "kv_lengths", "offset"):
             record[name] = self.constant(getattr(p, name))
-        for name in ("batch", "heads", "groups", "n", "m", "f", "e"):
+        for name in ("batch", "heads", "groups", "n", "m", "d", "f", "e"):
             record[name] = getattr(self, name)
         record["causal"], record["kind"] = p.causal, KINDS.index(made.kind)
         record["normalize"] = p.normalize
         record["scale"], record["epsilon"], record["added"] = made.scale, made.epsilon, p.epsilon
+        record["least"] = p.least
+        if is_projected(made):
+            record["projected"], record["projection"] = True, self.address(self.projection())
+        if made.kind == "exp":
+            self.stabilise(record)
         return record
+
+    def projection(self) -> Array:
+        """Return the projection as a tile of products takes it."""
+        made, width = self.p.feature_map, self.tiling.width
+        dtype = self.acc if self.name == "float16" else self.p.q.dtype
+        if made.projection is None:
+            return self.device.constant(np.eye(width, dtype=dtype))
+        x = self.device.zeros((width, width), dtype)
+        x[:self.f, :self.d] = made.projection.astype(dtype)
+        return x
+
+    def stabilise(self, record: np.ndarray) -> None:
+        """Work out the stabilisers of keys, and the largest before each step."""
+        chunks = -(-self.m // self.tiling.tokens)
+        self.running = self.device.full((self.pairs, chunks + 1), -math.inf, self.acc)
+        if self.p.log_scale is not None:
+            self.running[:, 0] = self.p.log_scale.reshape(self.pairs)
+        record["tops"] = self.address(self.device.empty((self.pairs, max(1, self.m)), self.acc))
+        record["running"], record["chunks"] = self.address(self.running), chunks
+        record["x"] = self.place(self.k)
+        chosen = {} if self.generic else {"PASS": OUT, "READS": 0, "CAUSAL": 0,
+                                          "KIND": KINDS.index("exp"), "PROJECTED": 1}
+        self.device.launch(kernel(self.name, self.tiling, "linear_tops", **chosen,
+                                  GENERIC=int(self.generic)), (self.pairs, chunks, 1), record,
+                           self.shared)
+        row = np.zeros((), RUNNING)
+        row["running"], row["rows"] = self.address(self.running), self.pairs
+        row["columns"] = chunks + 1
+        self.launch("linear_running", 32 * self.pairs, 1, row)
+
+    def kept(self) -> Array:
+        """Return what the first state is multiplied by on its way to the last, (B, G)."""
+        xp = namespace(self.running)
+        before, after = self.running[:, 0], self.running[:, -1]
+        after = xp.where(after == -math.inf, xp.zeros_like(after), after)
+        return xp.exp(before - after).reshape(self.batch, self.groups)
+
+    @functools.cached_property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return shared_bytes(self.name, self.tiling, is_projected(self.p.feature_map))
 
     def run(self, pass_: int, read: bool, spans: tuple[int, int], before: tuple[int, ...],
             after: tuple[int, ...], **given: Any) -> None:
@@ -235,10 +296,9 @@ class Call(Keeper):
         record["before"], record["after"] = before, after
         for name, value in given.items():
             record[name] = value
-        chosen = {name: int(record[name]) for name in ("pass", "reads", "causal", "kind")}
+        chosen = {name: int(record[name]) for name in ("pass", "reads", "causal", "kind", "projected")}
         self.device.launch(walk_kernel(self.name, self.tiling, chosen, self.generic),
-                           (self.pairs, spans[0], 1), record,
-                           shared_bytes(self.name, self.tiling))
+                           (self.pairs, spans[0], 1), record, self.shared)
 
     def states_before(self, pass_: int, given: Array | None, after: Array | None,
                       **operands: Any) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]:
@@ -263,23 +323,27 @@ class Call(Keeper):
             if after is None and not self.p.causal:
                 after = self.state()
                 last = self.one_span(after)
-            self.scan(states, spans[0], given, last, backwards=pass_ >= DV)
+            self.scan(pass_, states, spans, given, last)
             if self.p.causal:
                 return spans, states, (0,) * 6
         # all rows see all columns
         return self.divide(self.steps(pass_, True)), last, (0,) * 6
 
-    def scan(self, states: tuple[int, ...], spans: int, given: Array | None,
-             after: tuple[int, ...], *, backwards: bool) -> None:
+    def scan(self, pass_: int, states: tuple[int, ...], spans: tuple[int, int],
+             given: Array | None, after: tuple[int, ...]) -> None:
         """Turn the sums of spans into the states before them."""
-        record = np.zeros((), SCAN)
+        record = np.zeros((), scan_struct(self.acc.str[1:]))
+        record["walk"] = self.common
+        record["walk"]["pass"], record["walk"]["each"] = pass_, spans[1]
         record["given"], record["after"], record["states"] = self.one_span(given), after, states
-        for name, value in (("spans", spans), ("f", self.f), ("e", self.e),
-                            ("normalize", self.p.normalize), ("backwards", backwards)):
-            record[name] = value
+        record["spans"] = spans[0]
         numbers = self.f * (self.e + self.p.normalize)
-        self.device.launch(kernel(self.name, self.tiling, "linear_scan", THREADS=SCAN_THREADS),
-                           (-(-numbers // SCAN_THREADS), self.pairs, 1), record, 0)
+        self.launch("linear_scan", numbers, self.pairs, record)
+
+    def launch(self, file: str, threads: int, pairs: int, record: np.ndarray) -> None:
+        """Launch a kernel that has no tiles, of so many threads for each of `pairs`."""
+        found = kernel(self.name, self.tiling, file, GENERIC=1)
+        self.device.launch(found, (-(-threads // found.threads), pairs, 1), record, 0)
 
     def made(self, x: Array, width: int, lengths: np.ndarray) -> Array:
         """Return an array for a result of the tokens of `x`: zeros where there is padding."""
@@ -294,27 +358,31 @@ class Call(Keeper):
         return operand(self.device, x)
 
 
-def forward(problem: Any) -> tuple[Array, Array | None, Array, None]:
-    """Return out (B, H, N, E), denominators (B, H, N) or None, the state (B, G, F, W), and None."""
+def forward(problem: Any) -> tuple[Array, Array | None, Array, Array | None]:
+    """Return out (B, H, N, E), denominators (B, H, N), the state, and its log-scale (B, G)."""
     p, call = problem, Call(problem)
     out = call.made(call.q, call.e, p.q_lengths)
     den = call.device.zeros(out.shape[:3], call.acc) if p.normalize else None
     after = call.state()
     if not call.pairs:
-        return out, den, after, None
+        stable = p.feature_map.kind == "exp"
+        return out, den, after, call.device.empty(after.shape[:2], call.acc) if stable else None
     q, k, v = (call.place(x) for x in (call.q, call.k, call.v))
     columns = {"y": k, "z": v}
     spans, before, last = call.states_before(OUT, p.state, after, **columns)
     call.run(OUT, True, spans, before, last, x=q, **columns, out=call.place(out),
              den=call.address(den))
-    return out, den, after, None
+    top = None
+    if p.feature_map.kind == "exp":
+        top = call.running[:, -1].reshape(after.shape[:2])
+    return out, den, after, top
 
 
 def backward(problem: Any, dout: Array, out: Array, den: Array | None,
              dstate: Array | None) -> dict[str, Array]:
     """Return the gradients of q, k, v and of the state before the first token."""
     p, call = problem, Call(problem)
-    dq = call.made(call.q, call.f, p.q_lengths)
+    dq = call.made(call.q, call.d, p.q_lengths)
     dk, dv = (call.made(x, x.shape[3], p.kv_lengths) for x in (call.k, call.v))
     first = call.state()
     found = {"q": dq, "k": dk, "v": dv, "state": first}
@@ -331,6 +399,9 @@ def backward(problem: Any, dout: Array, out: Array, den: Array | None,
     spans, before, last = call.states_before(DK, dstate, first, **columns)
     call.run(DK, True, spans, before, last, x=v, **columns, tokens=k, out=call.place(dk))
     call.run(DV, True, spans, before, (0,) * 6, x=k, y=q, z=g, out=call.place(dv), **pulls)
+    if p.feature_map.kind == "exp" and not p.causal:
+        # what the walks were given is that behind all keys
+        found["state"] = first * call.kept()[:, :, None, None]
     return found
 
 
@@ -346,6 +417,5 @@ def rows_of(call: Call, dout: Array, out: Array, den: Array) -> dict[str, int]:
     for name, value in (*addresses.items(), ("batch", call.batch), ("heads", call.heads),
                         ("n", call.n), ("e", call.e)):
         record[name] = value
-    device.launch(kernel(call.name, call.tiling, "linear_pull", THREADS=ROW_THREADS),
-                  -(-rows * 32 // ROW_THREADS), record, 0)
+    call.launch("linear_pull", 32 * rows, 1, record)
     return addresses
