@@ -216,7 +216,11 @@ template<int Y_ROWS, int TILES>
 DEVICE void multiply_rows(Sum (&c)[1][TILES][4], u32 x, int row, u32 y, int column) {
     const u32 from_x = place_of_a<TOKENS>(x, row);
     const u32 from_y = place_of_columns<Y_ROWS>(y, column);
+#if ELEMENT == F32
+    _Pragma("unroll 1")
+#else
     _Pragma("unroll 2")
+#endif
     for (int depth = 0; depth < SIDE; depth += DEPTH) {
         A a;
         load_a(a, moved<TOKENS>(from_x, depth));

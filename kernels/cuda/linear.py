@@ -132,24 +132,33 @@ def walk_kernel(name: str, x: Tiling, chosen: dict[str, int], generic: bool) -> 
     return kernel(name, x, **{field.upper(): value for field, value in chosen.items()})
 
 
+def tops_kernel(name: str, x: Tiling, generic: bool) -> Kernel:
+    """Return the kernel of stabilisers."""
+    if generic:
+        return kernel(name, x, "linear_tops", GENERIC=1)
+    return kernel(name, x, "linear_tops", PASS=OUT, READS=0, CAUSAL=0, KIND=KINDS.index("exp"),
+                  PROJECTED=1)
+
+
+LARGEST_SHARED = 227 * 1024
+"""Bytes of shared memory that a block may have on the GPUs with most."""
+
+
 def configurations() -> list[Kernel]:
-    """Return kernels in all configurations that matter to registers and shared memory."""
+    """Return kernels in the configurations that need the most registers, for each dtype."""
     found = []
     for name in ELEMENTS:
-        for width in WIDTHS:
+        for width in WIDTHS[1:]:
             x = tiling(name, width)
-            for pass_ in (OUT, DQ, DV, DK):
-                choices = [{"reads": 1, "causal": 1}]
-                if width == 64:
-                    choices.append({"reads": 1, "causal": 0})
-                if pass_ in (OUT, DK):
-                    choices.append({"reads": 0, "causal": 1})
-                kinds = [("elu1", 0)]
-                if width == 64:
-                    kinds += [("relu", 1), ("exp", 1)]
-                found += [walk_kernel(name, x, {"pass": pass_, "kind": KINDS.index(kind),
-                                                "projected": projected, **choice}, False)
-                          for choice in choices for kind, projected in kinds]
+            chosen = {"reads": 1, "causal": 1, "kind": KINDS.index("elu1"), "projected": 0}
+            passes = [{**chosen, "pass": number} for number in (OUT, DQ, DV, DK)]
+            passes += [{**chosen, "pass": DK, "reads": 0}, {**chosen, "pass": DK, "causal": 0}]
+            if shared_bytes(name, x, True) <= LARGEST_SHARED:
+                projected = {"kind": KINDS.index("exp"), "projected": 1}
+                passes += [{**chosen, **projected, "pass": number} for number in (OUT, DQ, DK)]
+            found += [walk_kernel(name, x, choice, False) for choice in passes]
+        x = tiling(name, WIDTHS[1])
+        found += [tops_kernel(name, x, False)]
         found += [kernel(name, x, file, GENERIC=1)
                   for file in ("linear_scan", "linear_pull", "linear_running")]
     return found
@@ -266,11 +275,8 @@ class Call(Keeper):
         record["tops"] = self.address(self.device.empty((self.pairs, max(1, self.m)), self.acc))
         record["running"], record["chunks"] = self.address(self.running), chunks
         record["x"] = self.place(self.k)
-        chosen = {} if self.generic else {"PASS": OUT, "READS": 0, "CAUSAL": 0,
-                                          "KIND": KINDS.index("exp"), "PROJECTED": 1}
-        self.device.launch(kernel(self.name, self.tiling, "linear_tops", **chosen,
-                                  GENERIC=int(self.generic)), (self.pairs, chunks, 1), record,
-                           self.shared)
+        self.device.launch(tops_kernel(self.name, self.tiling, self.generic),
+                           (self.pairs, chunks, 1), record, self.shared)
         row = np.zeros((), RUNNING)
         row["running"], row["rows"] = self.address(self.running), self.pairs
         row["columns"] = chunks + 1
