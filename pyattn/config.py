@@ -17,7 +17,7 @@ from ._version import __version__
 from .checks import require_choice
 
 REQUIRED = ("numpy", "scipy", "numba", "llvmlite", "array-api-compat", "ml_dtypes", "safetensors")
-OPTIONAL = ("rich", "matplotlib", "torch", "jax", "thinc")
+OPTIONAL = ("numba-cuda", "nvidia-cuda-nvrtc", "rich", "matplotlib", "torch", "jax", "thinc")
 """Packages that pyattn uses, or whose arrays it takes, where they are installed."""
 
 CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
@@ -44,7 +44,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     -------
     dict or None
         With ``mode="dicts"``: keys ``"versions"``, ``"backends"`` (engine to backend to the string
-        ``"available"`` or a reason why not), ``"threads"``, ``"cache"``, ``"cpu"``, ``"blas"``.
+        ``"available"`` or a reason why not), ``"gpu"``, ``"threads"``, ``"cache"``, ``"cpu"``,
+        ``"blas"``.
 
     Raises
     ------
@@ -65,6 +66,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     config: dict[str, dict[str, Any]] = {
         "versions": _versions(),
         "backends": _backends(),
+        "gpu": _gpu(),
         "threads": _threads(),
         "cache": _cache(),
         "cpu": _cpu(),
@@ -103,10 +105,13 @@ def _version(name: str) -> str | None:
 
 
 def _backends() -> dict[str, dict[str, str]]:
+    from .kernels.cuda.device import unavailable
+
     folder = Path(__file__).parent / "engines"
     engines = [module.name for module in pkgutil.iter_modules([str(folder)])]
-    table = {engine: {name: _state(engine, name) for name in dispatch.BACKENDS}
-             for engine in engines}
+    no_gpu = dispatch.ON_GPU if unavailable() else ()
+    table = {engine: {name: "no GPU, see there" if name in no_gpu else _state(engine, name)
+                      for name in dispatch.BACKENDS} for engine in engines}
     return {engine: states for engine, states in table.items() if "available" in states.values()}
 
 
@@ -119,6 +124,23 @@ def _state(engine: str, backend: str) -> str:
     except ImportError as error:
         return f"cannot be imported: {error}"
     return "available"
+
+
+def _gpu() -> dict[str, str]:
+    from .kernels.cuda.device import unavailable
+
+    reason = unavailable()
+    if reason is not None:
+        return {"none": reason}
+    import cupy
+
+    def described(number: int) -> str:
+        found = cupy.cuda.runtime.getDeviceProperties(number)
+        return (f"{found['name'].decode()}, compute capability {found['major']}.{found['minor']}, "
+                f"{found['totalGlobalMem'] / 2**30:.0f} GiB")
+
+    return {f"device {number}": described(number)
+            for number in range(cupy.cuda.runtime.getDeviceCount())}
 
 
 def _threads() -> dict[str, Any]:

@@ -105,7 +105,10 @@ def test_info_prints_what_show_config_returns(capsys):
     config = pyattn.show_config(mode="dicts")
     assert config["versions"]["numpy"] in text
     assert config["cpu"]["name"] in text
-    assert config["backends"]["softmax"] == {"cpu": "available", "array_api": "available"}
+    backends = config["backends"]["softmax"]
+    assert backends["cpu"] == backends["array_api"] == "available"
+    assert next(iter(config["gpu"])) in ("device 0", "none")
+    assert (backends["cuda"] == "no GPU, see there") == ("none" in config["gpu"])
 
 
 def test_info_as_json(capsys):

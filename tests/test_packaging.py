@@ -71,7 +71,8 @@ def test_extras_hold_what_needs_them():
     assert {"cli", "plot", "test", "bench"} <= set(extras)
     names = {re.split(r"[^\w.-]", line)[0] for line in extras["test"].split()}
     assert {"pytest", "hypothesis", "array-api-strict", "rich", "matplotlib"} <= names
-    assert not names & {"torch", "jax", "thinc"}, "the default run must not need frameworks"
+    assert {"cuda12", "cuda13"} <= set(extras)
+    assert not names & {"torch", "jax", "thinc", "cupy"}, "the default run must not need frameworks"
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_sdist_and_wheel_carry_everything(built):
     names, installed = built
     inside = {name.partition("/")[2] for name in names}
     for top in ("pyattn", "kernels"):
-        for file in (ROOT / top).rglob("*.py"):
+        for file in [*(ROOT / top).rglob("*.py"), *(ROOT / top).rglob("*.cu*")]:
             path = file.relative_to(ROOT).as_posix()
             assert path in inside, "missing from the sdist"
             place = path if top == "pyattn" else f"pyattn/{path}"

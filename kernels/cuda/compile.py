@@ -71,7 +71,7 @@ def cubin(name: str, macros: Macros, architecture: str) -> bytes:
     It is kept on disk by all that it depends on. Compiling takes CuPy and NVRTC, but no GPU.
     """
     version = nvrtc_version()
-    options = (*FLAGS, *(f"-D{macro}={value}" for macro, value in macros), f"-arch={architecture}")
+    options = options_for(macros, architecture)
     source = text(name)
     folder = cache_folder()
     parts = (source, repr(options), repr(version))
@@ -83,6 +83,12 @@ def cubin(name: str, macros: Macros, architecture: str) -> bytes:
         if path:
             write(path, code)
     return code
+
+
+def options_for(macros: Macros, architecture: str) -> tuple[str, ...]:
+    """Return what the compiler is told; a macro that is True is 1."""
+    given = ((macro, int(value) if isinstance(value, bool) else value) for macro, value in macros)
+    return (*FLAGS, *(f"-D{macro}={value}" for macro, value in given), f"-arch={architecture}")
 
 
 def compiled(source: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:

@@ -16,7 +16,7 @@ import importlib.util
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +69,17 @@ class Device(Protocol):
     @property
     def shared_memory(self) -> int:
         """Bytes that a block may have."""
+
+    @property
+    def stream(self) -> Hashable:
+        """The current stream, for keys of what is kept from call to call.
+
+        Memory may be used in the stream that it was asked for in, and in no other.
+        """
+
+    @property
+    def generic(self) -> bool:
+        """Whether kernels are built for more than a problem has: fewer to build, slower to run."""
 
     def launch(self, kernel: Kernel, grid: int | tuple[int, int, int], arguments: np.ndarray,
                shared: int) -> None:
@@ -167,6 +178,8 @@ def unavailable() -> str | None:
 class CupyDevice:
     """A GPU, through CuPy."""
 
+    generic = False
+
     def __init__(self, number: int) -> None:
         import cupy
 
@@ -181,6 +194,14 @@ class CupyDevice:
         self._granted: dict[Kernel, int] = {}
         self._constants = Constants(CONSTANTS_NUMBER, CONSTANTS_BYTES)
         self._lock = threading.Lock()
+
+    @property
+    def stream(self) -> Hashable:
+        """See `Device`."""
+        stream = self._cupy.cuda.get_current_stream().ptr
+        # every thread has one of its own by this number
+        own = stream == self._cupy.cuda.Stream.ptds.ptr
+        return stream, threading.get_ident() if own else 0
 
     def launch(self, kernel: Kernel, grid: int | tuple[int, int, int], arguments: np.ndarray,
                shared: int) -> None:
@@ -228,10 +249,7 @@ class CupyDevice:
 
     def constant(self, x: np.ndarray) -> Array:
         """See `Device`."""
-        # memory of CuPy's pool may be used in the stream that it was asked for in, and no other
-        stream = self._cupy.cuda.get_current_stream().ptr
-        thread = threading.get_ident() if stream == self._cupy.cuda.Stream.ptds.ptr else 0
-        return self._constants.get((stream, thread), x, self._cupy.asarray)
+        return self._constants.get(self.stream, x, self._cupy.asarray)
 
     def address(self, array: Array) -> int:
         """See `Device`."""
@@ -252,7 +270,7 @@ class Constants:
         self._copies: collections.OrderedDict[tuple[Any, ...], Array] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, stream: Any, x: np.ndarray, copy: Callable[[np.ndarray], Array]) -> Array:
+    def get(self, stream: Hashable, x: np.ndarray, copy: Callable[[np.ndarray], Array]) -> Array:
         """Return the copy of `x` that belongs to `stream`, made by `copy` if there is none."""
         x = np.require(x, requirements="C")
         digest = hashlib.blake2b(x.reshape(-1).view(np.uint8).data, digest_size=16).digest()

@@ -384,12 +384,19 @@ DEVICE u32 carried(u32 bits) {
 #define NOT_A_NUMBER FLOAT_NAN
 #endif
 
-#define LOG2_E Sum(1.4426950408889634074)
-#define LN_2 Sum(0.69314718055994530942)
-
-DEVICE Sum power_of_2(Sum x) {
+// Exponentials and logarithms are to the base 2, which the hardware has; for fp64 to the base e, as
+// then nothing is rounded on the way. TO_BASE times a natural logarithm is one to the base.
 #if ELEMENT == F64
-    return exp2(x);
+#define TO_BASE 1.0
+#define FROM_BASE 1.0
+#else
+#define TO_BASE 1.44269504f
+#define FROM_BASE 0.693147181f
+#endif
+
+DEVICE Sum power(Sum x) {
+#if ELEMENT == F64
+    return exp(x);
 #elif ELEMENT == F32
     return exp2f(x);
 #else
@@ -397,9 +404,9 @@ DEVICE Sum power_of_2(Sum x) {
 #endif
 }
 
-DEVICE Sum log_2(Sum x) {
+DEVICE Sum logarithm(Sum x) {
 #if ELEMENT == F64
-    return log2(x);
+    return log(x);
 #else
     return log2f(x);
 #endif

@@ -134,7 +134,7 @@ def lists(keep: Keeper, blocks: Any, layout: np.ndarray, rows: int,
     """Return the LISTS of a BlockMask with lines of `rows` tiles; its arrays stay on the device."""
     known = _lists.setdefault(blocks, {})
     device = keep.device
-    key = (device, rows, transposed)
+    key = (device, device.stream, rows, transposed)
     if key not in known:
         walk: Walk = coarse(blocks, rows=rows, columns=1, transposed=transposed)
         arrays = tuple(device.constant(x) for x in walk)

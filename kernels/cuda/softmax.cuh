@@ -26,15 +26,15 @@ DEVICE u64 bits_of_row(const TileLists& lists, int kind, int row, int columns) {
 
 // The share of exp(x) in exp(x) + exp(y).
 DEVICE Sum share_beside(Sum x, Sum y) {
-    return x == -INFINITE ? Sum(0) : 1 / (1 + power_of_2((y - x) * LOG2_E));
+    return x == -INFINITE ? Sum(0) : 1 / (1 + power((y - x) * TO_BASE));
 }
 
 DEVICE Sum log_of_sum(Sum x, Sum y) {
     const Sum most = larger(x, y);
     if (most == -INFINITE)
         return most;
-    const Sum sum = power_of_2((x - most) * LOG2_E) + power_of_2((y - most) * LOG2_E);
-    return most + log_2(sum) * LN_2;
+    const Sum sum = power((x - most) * TO_BASE) + power((y - most) * TO_BASE);
+    return most + logarithm(sum) * FROM_BASE;
 }
 
 // What a pair of the backward comes to.
@@ -46,7 +46,7 @@ struct Pair {
     bool seen;          // whether q, k, v and dout meet through it
 };
 
-// `product` is q.k, `pull` is dout.v; lse2 is the row's log-sum-exp in units of log 2. The pair may
+// `product` is q.k, `pull` is dout.v; lse2 is the row's log-sum-exp in logs to the base. The pair may
 // be `allowed` by mask and lengths; if not, nothing of it is looked at.
 DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool allowed, Sum product,
                     Sum scale, Sum lse2, Sum pull, Sum delta) {
@@ -60,7 +60,7 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
         pair.seen = false;
         return pair;
     }
-    Sum weight = power_of_2(score - lse2);
+    Sum weight = power(score - lse2);
     Sum keep = 1;
     if (HAS(DROPOUT) && s.threshold) {
         // forward: out = (weight * keep) v
@@ -82,7 +82,7 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
     pair.dscore = weight * pull;
     pair.weight = weight * keep;
 #else
-    const Sum weight = power_of_2(times_plus(product, scale * LOG2_E, -lse2));
+    const Sum weight = power(times_plus(product, scale * TO_BASE, -lse2));
     pair.weight = allowed ? weight : Sum(0);
     pair.dscore = allowed ? weight * (pull - delta) : Sum(0);
 #endif

@@ -7,7 +7,9 @@ call. Widths are rounded up to those of WIDTHS, and columns beyond are zeros in 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from pyattn.arrays import Array, dtype_name
 
 from . import device as devices
+from . import term_gradients
 from .device import Device, Kernel
 from .layout import (
     ELEMENTS,
@@ -75,7 +78,8 @@ def refuses(problem: Any) -> str | None:
     if (forward_tiling(name, rounded(d), chunk_of_values(name, e), ALL_TERMS,
                        device.shared_memory) is None
             or backward_tiling(name, rounded(d), rounded(e), 1, ALL_TERMS,
-                               device.shared_memory) is None):
+                               device.shared_memory) is None
+            or terms_tiling(name, rounded(d), rounded(e), device.shared_memory) is None):
         return (f"a block of {name} with widths {d} and {e} does not fit the "
                 f"{device.shared_memory} bytes of shared memory that {device.name} has")
     return None
@@ -150,8 +154,7 @@ class Call(Keeper):
         _, self.groups, self.m, self.e = p.v.shape
         self.q, self.k, self.v = (readable(self.device, x) for x in (p.q, p.k, p.v))
         self.structs = structs(self.sums)
-        self.terms = ALL_TERMS if getattr(self.device, "generic", False) and terms_of(p) else (
-            terms_of(p))
+        self.terms = ALL_TERMS if self.device.generic and terms_of(p) else terms_of(p)
 
     def problem(self, rows: int, transposed: bool = False) -> np.ndarray:
         """Return the problem's struct; lines of the mask have `rows` tiles."""
@@ -258,9 +261,13 @@ def sums_room(name: str) -> int:
     return {"float64": 64, "float32": 128}.get(name, 256)
 
 
-def column_chunk(width: int, room: int) -> int:
-    """Return how many columns a launch sums, where `room` is for so many."""
-    return min(rounded(width), room)
+def column_chunk(name: str, width: int) -> int:
+    """Return how many columns a launch sums: a part of the width that ends with a panel."""
+    panel = max(16, 128 // item_bytes(name))
+    width, room = rounded(width), sums_room(name)
+    return next(width // parts for parts in range(1, width)
+                if width // parts <= room and width % parts == 0
+                and (parts == 1 or width // parts % panel == 0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -304,19 +311,19 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     return found | gradients_of_terms(call, dout, lse, delta)
 
 
+def launches_of_keys(name: str, d: int, e: int) -> list[tuple[int, int, int, int]]:
+    """Return for each launch the columns of dk and dv that it sums, and where these begin."""
+    if rounded(d) + rounded(e) <= sums_room(name):
+        return [(rounded(d), rounded(e), 0, 0)]
+    dk, dv = column_chunk(name, d), column_chunk(name, e)
+    return [*((dk, 0, first, 0) for first in range(0, d, dk)),
+            *((0, dv, 0, first) for first in range(0, e, dv))]
+
+
 def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
                 delta: Array) -> None:
     """Compute the gradients of k and v."""
     device, d, e = call.device, rounded(call.d), rounded(call.e)
-    room = sums_room(call.name)
-    # (columns of dk and of dv, and where they begin) of each launch
-    if d + e <= room:
-        launches = [(d, e, 0, 0)]
-    else:
-        launches = [(column_chunk(call.d, room), 0, first, 0)
-                    for first in range(0, call.d, column_chunk(call.d, room))]
-        launches += [(0, column_chunk(call.e, room), 0, first)
-                     for first in range(0, call.e, column_chunk(call.e, room))]
     arguments = np.zeros((), struct(
         ("problem", call.structs["problem"]), ("dout", OPERAND), ("dk", OPERAND), ("dv", OPERAND),
         *fields("u8", "wide_dk wide_dv lse delta"),
@@ -326,7 +333,7 @@ def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
     arguments["lse"], arguments["delta"] = device.address(lse), device.address(delta)
     for name in ("k", "v"):
         put_result(call, arguments, f"d{name}", found[name], wide=name in call.p.summed)
-    for dk, dv, dk_from, dv_from in launches:
+    for dk, dv, dk_from, dv_from in launches_of_keys(call.name, call.d, call.e):
         tiling = backward_tiling(call.name, d, e, dk + dv, call.terms, device.shared_memory)
         assert tiling is not None
         arguments["dk_from"], arguments["dv_from"] = dk_from, dv_from
@@ -340,7 +347,7 @@ def launch_queries(call: Call, found: dict[str, Array], dout: Array, lse: Array,
                    delta: Array) -> Array:
     """Compute the gradient of q; return that of the scale, (H,)."""
     device, d, e = call.device, rounded(call.d), rounded(call.e)
-    chunk = column_chunk(call.d, sums_room(call.name))
+    chunk = column_chunk(call.name, call.d)
     tiling = backward_tiling(call.name, d, e, chunk, call.terms, device.shared_memory)
     assert tiling is not None
     arguments = np.zeros((), struct(
@@ -370,7 +377,118 @@ def put_result(call: Call, arguments: np.ndarray, name: str, x: Array, *, wide: 
 
 def gradients_of_terms(call: Call, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
     """Return the gradients of bias, gate and offsets, where given."""
-    return {}
+    p, device, acc = call.p, call.device, np.dtype(call.sums)
+    wanted = 2 * device.multiprocessors
+    found: dict[str, Array] = {}
+
+    def add_up(pieces: term_gradients.Pieces, of_gate: bool) -> Array:
+        return launch_terms(call, pieces, of_gate, dout, lse, delta)
+
+    def of_table(name: str, shape: tuple[int, int]) -> Array:
+        table = term_gradients.of_table(add_up, device, p, shape, name == "gate", wanted, acc)
+        # packed sequences, whose tiles have no diagonals
+        return table if table is not None else slow()[name]
+
+    @functools.cache
+    def slow() -> dict[str, Array]:
+        from pyattn.kernels.array_api import softmax
+
+        return softmax.backward(p, dout, lse, delta)
+
+    if p.bias is not None:
+        found["bias"] = term_gradients.of_array(add_up, device, p, p.bias, 1, False, wanted, acc)
+    if p.gate is not None and p.gate_form.by_offset:
+        _, heads, _, width = p.gate.array.shape
+        found["gate"] = of_table("gate", (heads, width))
+    elif p.gate is not None:
+        found["gate"] = term_gradients.of_array(add_up, device, p, p.gate, p.gate_form.block, True,
+                                                wanted, acc)
+        if p.gate_form.ramp:
+            # forward: gate = clip((ramp + span - distance) / ramp, 0, 1)
+            found["gate"] = found["gate"] / acc.type(p.gate_form.ramp)
+    if p.offsets is not None:
+        found["offsets"] = of_table("offsets", p.offsets.shape)
+    return found
+
+
+def terms_tiling(name: str, d: int, e: int, shared: int) -> Tiling | None:
+    """Return how the gradients of terms are divided."""
+    load = {"float64": 16, "float32": 32}.get(name, 64)
+    choices = [Tiling(1, 4, load, 16, 1), Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
+    return next((x for x in choices if terms_shared(name, x, d, e) <= shared), None)
+
+
+def terms_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
+    panels = sum(-(-width * item_bytes(name) // 128) * 128 for width in (d, e))
+    return (tiling.rows + tiling.load) * panels
+
+
+def launch_terms(call: Call, pieces: term_gradients.Pieces, of_gate: bool, dout: Array, lse: Array,
+                 delta: Array) -> Array:
+    """Return the sums (P, 64, 64) of pieces."""
+    device, d, e = call.device, rounded(call.d), rounded(call.e)
+    tiling = terms_tiling(call.name, d, e, device.shared_memory)
+    assert tiling is not None
+    sums = device.empty((len(pieces.pieces), TILE, TILE), np.dtype(call.sums))
+    arguments = np.zeros((), struct(
+        ("problem", call.structs["problem"]), ("dout", OPERAND),
+        *fields("u8", "lse delta pieces tiles pairs sums"), *fields("i4", "of_gate")))
+    arguments["problem"] = call.problem(1)
+    arguments["dout"] = operand(device, dout)
+    for name, x in (("lse", lse), ("delta", delta), ("sums", sums)):
+        arguments[name] = device.address(x)
+    for name in ("pieces", "tiles", "pairs"):
+        arguments[name] = call.constant(getattr(pieces, name))
+    arguments["of_gate"] = of_gate
+    device.launch(kernel(call.name, "softmax_backward_terms", tiling, d, e, call.terms),
+                  (len(pieces.pieces), TILE // tiling.rows, 1), arguments,
+                  terms_shared(call.name, tiling, d, e))
+    return sums
+
+
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a block may have, by architecture."""
+
+
+def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
+    """Yield kernels to be compiled and read: (kernel, architectures, an instruction it must have).
+
+    All dtypes, widths that a dtype's tilings differ for, no terms and all; of what lies between,
+    a few.
+    """
+    for name, widths in (("bfloat16", (32, 64, 128, 256)), ("float16", (64, 128)),
+                         ("float32", (64, 128)), ("float64", (64, 128))):
+        for width, terms, architecture in itertools.product(widths, (0, ALL_TERMS), SHARED):
+            if name != "bfloat16" and (architecture, terms) not in (("sm_80", 0),
+                                                                     ("sm_90", ALL_TERMS)):
+                continue
+            for found in kernels(name, width, width, terms, SHARED[architecture]):
+                yield found, (architecture,), "DMMA" if name == "float64" else "HMMA"
+    for terms in (SOFTCAP, BIAS, OFFSETS, GATE, DROPOUT):
+        for found in kernels("bfloat16", 128, 128, terms, SHARED["sm_90"]):
+            yield found, ("sm_90",), "HMMA"
+    for found in kernels("bfloat16", 192, 128, 0, SHARED["sm_80"]):
+        yield found, ("sm_80",), "HMMA"
+
+
+def kernels(name: str, d: int, e: int, terms: int, shared: int) -> Iterator[Kernel]:
+    """Yield the kernels of forward and backward for some widths, as far as they are large."""
+    for packed in (False, True):
+        chunk = chunk_of_values(name, e)
+        tiling = forward_tiling(name, d, chunk, terms, shared, packed)
+        if tiling is not None and not (packed and terms):
+            yield kernel(name, "softmax_forward", tiling, d, chunk, terms, PACKED=int(packed))
+    for dk, dv, dk_from, dv_from in launches_of_keys(name, d, e):
+        tiling = backward_tiling(name, d, e, dk + dv, terms, shared)
+        if tiling is not None and dk_from == dv_from == 0:
+            yield kernel(name, "softmax_backward_keys", tiling, d, e, terms, DK=dk, DV=dv)
+    chunk = column_chunk(name, d)
+    tiling = backward_tiling(name, d, e, chunk, terms, shared)
+    if tiling is not None:
+        yield kernel(name, "softmax_backward_queries", tiling, d, e, terms, DQ=chunk)
+    tiling = terms_tiling(name, d, e, shared)
+    if tiling is not None and terms:
+        yield kernel(name, "softmax_backward_terms", tiling, d, e, terms)
 
 
 def is_packed(call: Call) -> bool:

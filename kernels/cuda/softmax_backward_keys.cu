@@ -139,8 +139,9 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
         const int query = walk.tile * TILE + from;
         const int columns = queries - walk.tile * TILE;
         const int kind = walk.kind(p.lists, 0);
-        const bool masked = kind != FULL || columns < TILE || (HAS(BIAS) && p.scores.bias.at)
-            || (HAS(GATE) && p.scores.gate.at);
+        // terms have nothing for keys that are not there
+        const bool masked = kind != FULL || columns < TILE || (TERMS && first + ROWS > keys)
+            || (HAS(BIAS) && p.scores.bias.at) || (HAS(GATE) && p.scores.gate.at);
         from += LOAD;
         if (from >= min(columns, int(TILE))) {
             from = 0;
@@ -209,7 +210,7 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
                                 if (masked || bad)
                                     allowed = seen.get(i, e) && lse != -INFINITE;
                                 const Pair pair = pair_of(p.scores, terms, key, allowed, product,
-                                                          scale, lse * LOG2_E, pull, delta);
+                                                          scale, lse * TO_BASE, pull, delta);
                                 if ((masked || bad) && !pair.seen)
                                     seen.hide(i, e);
                                 product = pair.weight;

@@ -93,8 +93,9 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
         const int key = walk.tile * TILE + from;
         const int columns = keys - walk.tile * TILE;
         const int kind = walk.kind(p.lists, 0);
-        const bool masked = kind != FULL || columns < TILE || (HAS(BIAS) && p.scores.bias.at)
-            || (HAS(GATE) && p.scores.gate.at);
+        // terms have nothing for queries that are not there
+        const bool masked = kind != FULL || columns < TILE || (TERMS && first + ROWS > queries)
+            || (HAS(BIAS) && p.scores.bias.at) || (HAS(GATE) && p.scores.gate.at);
         from += LOAD;
         if (from >= min(columns, int(TILE))) {
             from = 0;
@@ -152,7 +153,7 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
                                 Sum& pull = pulls[s][i][2 * h + e];
                                 const Pair pair = pair_of(
                                     p.scores, terms, column, allowed, products[s][i][2 * h + e],
-                                    scale, lse[s][h] * LOG2_E, pull, delta[s][h]);
+                                    scale, lse[s][h] * TO_BASE, pull, delta[s][h]);
                                 if ((masked || bad) && !pair.seen)
                                     seen.hide(i, e);
                                 pull = pair.dscore * pair.slope;

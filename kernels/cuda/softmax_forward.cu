@@ -6,7 +6,7 @@
 //     keys ->  [LOAD][LOAD]...        scores (ROWS x STEP)  = q k^T       in registers
 //     queries  [ROWS]                 sums   (ROWS x E)    += weights v   in registers
 //
-// Of each row a thread keeps the largest score so far and the sum of exp2(score - largest), of its
+// Of each row a thread keeps the largest score so far and the sum of power(score - largest), of its
 // own columns; four threads share a row and meet at the end. With PACKED the rows of a block are
 // all queries of all heads of a group, so that keys are read once for a group: for short queries.
 // If these are few the tiles of a line can be split among blocks; softmax_join.cu joins what they find.
@@ -56,7 +56,7 @@ struct State {
     Sum total[SLICES][2];
 };
 
-// Products become scores, in units of `unit` logs of 2; pairs that bias or gate mask lose their bit.
+// Products become scores, in units of `unit` logs of the base; pairs that bias or gate mask lose their bit.
 DEVICE Sum change_row(const Problem& p, const Block& block, const Row& row, int key,
                       Sum (&scores)[STEP / 8][4], int h, RowBits<STEP>& bits) {
     if (!row.live) {
@@ -87,7 +87,7 @@ DEVICE Sum change_row(const Problem& p, const Block& block, const Row& row, int 
         }
     return 1;
 #else
-    const Sum unit = scale * LOG2_E;
+    const Sum unit = scale * TO_BASE;
     if (unit > 0)
         return unit;
     // the largest product is not the largest score
@@ -112,7 +112,7 @@ DEVICE void weigh(const Problem& p, const Block& block, const Row& row, int key,
     largest = larger(largest, __shfl_xor_sync(~0u, largest, 2));
     x.largest[s][h] = largest;
     const Sum shift = largest == -INFINITE ? Sum(0) : largest * unit;
-    const Sum decay = before == -INFINITE ? Sum(0) : power_of_2(before * unit - shift);
+    const Sum decay = before == -INFINITE ? Sum(0) : power(before * unit - shift);
     UNROLL
     for (int i = 0; i < E / 8; i++) {
         x.sums[s][i][2 * h] *= decay;
@@ -125,7 +125,7 @@ DEVICE void weigh(const Problem& p, const Block& block, const Row& row, int key,
         for (int e = 0; e < 2; e++) {
             Sum& weight = scores[i][2 * h + e];
             const bool hidden = weight == -INFINITE;
-            weight = power_of_2(times_plus(weight, unit, -shift));
+            weight = power(times_plus(weight, unit, -shift));
 #if TERMS
             const int column = key + 8 * i + 2 * pair_of_lane() + e;
             if (HAS(GATE) && p.scores.gate.at && !hidden) {
@@ -159,10 +159,10 @@ DEVICE void finish(const ForwardArguments& a, const Block& block, State& x, int 
                 continue;
             const Sum scale = p.scores.scale[row.head];
             // in units of what the largest score is told
-            const Sum unit = TERMS || !(scale * LOG2_E > 0) ? LN_2 : scale;
+            const Sum unit = TERMS || !(scale * TO_BASE > 0) ? FROM_BASE : scale;
             const bool seen = row.live && total != 0;
             Sum share = seen ? 1 / total : Sum(0);
-            Sum lse = seen ? x.largest[s][h] * unit + log_2(total) * LN_2 : -INFINITE;
+            Sum lse = seen ? x.largest[s][h] * unit + logarithm(total) * FROM_BASE : -INFINITE;
             const i64 place = (i64(block.batch) * p.heads + row.head) * p.n + row.query;
             const i64 apart = split * i64(p.batch) * p.heads * p.n;
             if (a.sinks) {

@@ -33,7 +33,7 @@ softmax_join(const __grid_constant__ JoinArguments a) {
             const Sum own = a.split_lse[split * rows + row];
             if (own == -INFINITE)
                 continue;
-            const Sum share = power_of_2((own - lse) * LOG2_E);
+            const Sum share = power((own - lse) * TO_BASE);
             const Sum* from = a.wide_out + (split * rows + row) * a.width + column;
             sums[0] += share * from[0];
             sums[1] += share * from[1];

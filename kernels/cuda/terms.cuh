@@ -64,7 +64,7 @@ DEVICE Sum read_term(const Term& term, const QueryOfTerms& at, int row, int colu
                    + column * term.m];
 }
 
-// The score of a pair in units of log 2, from its product; `slope` is d softcapped / d scaled. The
+// The score of a pair in logs to the base, from its product; `slope` is d softcapped / d scaled. The
 // pair is `hidden` if a bias of -inf masks it.
 DEVICE Sum score_of(const Scores& s, const QueryOfTerms& at, int key, Sum product, Sum scale,
                     Sum& slope, bool& hidden) {
@@ -86,7 +86,7 @@ DEVICE Sum score_of(const Scores& s, const QueryOfTerms& at, int key, Sum produc
         if (column >= 0 && column < s.offsets_width)
             x += s.offsets[at.head * s.offsets_h + column];
     }
-    return x * LOG2_E;
+    return x * TO_BASE;
 }
 
 // The gate of a pair; `open` is whether a ramp rises there, as its gradient needs.

@@ -61,8 +61,10 @@ class Task:
 
 def tasks(thorough: bool = False) -> list[Task]:
     """List what there is to check; `thorough` takes every case in every dtype."""
+    from . import on_gpu
+
     found = []
-    for backend in dispatch.BACKENDS:
+    for backend in dispatch.PREFERENCE["numpy"]:
         for name in (*pyattn.VARIANTS, "merge"):
             found.append(Task(name, backend, "numpy", _checker(name, thorough)))
         for name in pyattn.layers.__all__:
@@ -72,7 +74,7 @@ def tasks(thorough: bool = False) -> list[Task]:
     for library in LIBRARIES:
         found.append(Task("attention", "array_api", library,
                           functools.partial(_other_library, library, thorough)))
-    return found
+    return found + on_gpu.tasks(thorough)
 
 
 def _checker(name: str, thorough: bool) -> Callable[[], list[CaseResult]]:

@@ -1,0 +1,291 @@
+"""Softmax attention on Hopper: launch code of hopper_forward.cu and hopper_backward.cu.
+
+It serves float16 and bfloat16, with widths of 64 and 128, any mask and any lengths; score terms and
+what else `refuses` names go to the kernels that run everywhere. q, k, v and dout are read where
+they lie, by tensor maps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pyattn.arrays import Array, dtype_name, namespace
+
+from . import device as devices
+from .device import Device, Kernel
+from .walk import Walk, coarse
+
+TILE = 64
+CAPABILITY = (9, 0)
+WIDTHS = (64, 128)
+
+GROUPS = 2
+"""Warpgroups that compute; each has 64 rows of a block."""
+
+SERVE_REGISTERS, COMPUTE_REGISTERS = 40, 232
+
+CACHE_BYTES = 2**25
+"""Keys and values that are read again from the second-level cache, if their blocks run together."""
+
+WORST_FILL = 0.6
+"""The least share of tiles that hold pairs, among those of the steps that a walk takes."""
+
+
+def refuses(problem: Any) -> str | None:
+    """Say why `problem` is not for these kernels, or None."""
+    q, v = problem.q, problem.v
+    if devices.of(q).capability != CAPABILITY:
+        return "the kernels for Hopper need compute capability 9.0"
+    if dtype_name(q) not in ("float16", "bfloat16"):
+        return f"the kernels for Hopper take float16 and bfloat16; got {dtype_name(q)}"
+    if q.shape[3] not in WIDTHS or v.shape[3] != q.shape[3]:
+        return (f"the kernels for Hopper take widths of 64 and 128; got {q.shape[3]} and "
+                f"{v.shape[3]}")
+    if 0 in (*q.shape, *v.shape):
+        return "the kernels for Hopper take no empty arrays"
+    for name in ("softcap", "bias", "gate", "offsets", "q_index", "k_index"):
+        if getattr(problem, name) is not None:
+            return f"the kernels for Hopper take no {name}"
+    if problem.dropout:
+        return "the kernels for Hopper have no dropout"
+    if problem.summed:
+        return "the kernels for Hopper do not sum over broadcast operands"
+    for name in ("q", "k", "v"):
+        if not _mappable(getattr(problem, name)):
+            return f"the kernels for Hopper read {name} by rows at multiples of 16 bytes"
+    if _fill(problem.blocks) < WORST_FILL:
+        return "the mask has pairs in few of the tiles that steps of 128 would visit"
+    return None
+
+
+def forward(problem: Any) -> tuple[Array, Array]:
+    """Return out (B, H, N, D) in the dtype of q, and lse (B, H, N) in float32."""
+    device = devices.of(problem.q)
+    out = device.empty(problem.q.shape, problem.q.dtype)
+    lse = device.empty(problem.q.shape[:3], np.float32)
+    walk = coarse(problem.blocks, GROUPS, 2)
+    launch = _Launch(device, problem, FORWARD)
+    launch.put_lists(walk, _steps(walk, problem.layout, problem.q_lengths, problem.kv_lengths, 2))
+    launch.put_map("q", problem.q, GROUPS * TILE)
+    launch.put_map("k", problem.k, 2 * TILE)
+    launch.put_map("v", problem.v, 2 * TILE)
+    launch.put_rows("values", problem.v)
+    for name, array in (("out", out), ("lse", lse), ("sinks", problem.sinks)):
+        launch.put(name, array)
+    launch.run("hopper_forward", STAGES=2 if problem.q.shape[3] == 128 else 4)
+    return out, lse
+
+
+def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
+    """Return the gradients of q, k and v, in their dtype, and of scale, (H,) in float32."""
+    device, q = devices.of(problem.q), problem.q
+    if not _mappable(dout):
+        dout = contiguous(dout)
+    dq, dk, dv = (device.empty(x.shape, x.dtype) for x in (q, problem.k, problem.v))
+    parts = device.empty(q.shape[:3], np.float32)
+    own, walked = GROUPS * TILE, TILE
+
+    walk = coarse(problem.blocks, GROUPS, 1)
+    launch = _Launch(device, problem, BACKWARD)
+    launch.put_lists(walk, _steps(walk, problem.layout, problem.q_lengths, problem.kv_lengths, 1))
+    for name, array, rows in (("q", q, own), ("dout", dout, own), ("k", problem.k, walked),
+                              ("v", problem.v, walked)):
+        launch.put_map(name, array, rows)
+    launch.put_rows("walked", problem.k, problem.v)
+    for name, array in (("lse", lse), ("delta", delta), ("dq", dq), ("dscale", parts)):
+        launch.put(name, array)
+    launch.run("hopper_backward_queries", STAGES=4)
+
+    walk = coarse(problem.blocks, GROUPS, 1, transposed=True)
+    launch = _Launch(device, problem, BACKWARD)
+    steps = _steps(walk, problem.layout, problem.kv_lengths, problem.q_lengths, 1)
+    launch.put_lists(walk, steps, problem.k.shape[1])
+    for name, array, rows in (("q", q, walked), ("dout", dout, walked), ("k", problem.k, own),
+                              ("v", problem.v, own)):
+        launch.put_map(name, array, rows)
+    launch.put_rows("walked", q, dout)
+    for name, array in (("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv)):
+        launch.put(name, array)
+    # sums of both products of 128 columns take nearly all registers that there are
+    registers = ({"SERVE_REGISTERS": 32, "COMPUTE_REGISTERS": 240} if q.shape[3] == 128 else {})
+    launch.run("hopper_backward_keys", STAGES=4, **registers)
+    with np.errstate(all="ignore"):
+        dscale = namespace(q).sum(parts, axis=(0, 2))
+    return {"q": dq, "k": dk, "v": dv, "scale": dscale}
+
+
+def _mappable(x: Array) -> bool:
+    """Whether the tensor memory accelerator can read an array (B, H, N, D)."""
+    *steps, column = x.strides
+    address = devices.of(x).address(x)
+    return column == 2 and address % 16 == 0 and all(
+        size == 1 or (step > 0 and step % 16 == 0)
+        for size, step in zip(x.shape, steps, strict=False))
+
+
+_fills: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+
+def _fill(blocks: Any) -> float:
+    """Return which share of the tiles that steps of two by two visit have pairs."""
+    if blocks not in _fills:
+        walk = coarse(blocks, GROUPS, 2)
+        layouts, lines = walk.steps.shape
+        line = np.repeat(np.tile(np.arange(lines), layouts), np.diff(walk.start).ravel())
+        high = np.minimum(blocks.rows.start.shape[1] - 1 - line * GROUPS, GROUPS)
+        wide = np.minimum(blocks.columns.start.shape[1] - 1 - 2 * walk.first, 2 * walk.count)
+        visited = (high.astype(np.int64) * wide).sum()
+        _fills[blocks] = float(blocks.rows.count.sum(dtype=np.int64)) / max(1, int(visited))
+    return _fills[blocks]
+
+
+def _steps(walk: Walk, layout: np.ndarray, lengths: np.ndarray, walked: np.ndarray,
+           columns: int) -> np.ndarray:
+    """Return how many steps each line of each head has, (B, H, lines).
+
+    Tokens of the lines from `lengths` (B,) on are padding, and those walked from `walked` (B,) on.
+    """
+    lines = walk.start.shape[1] - 1
+    found = np.empty((*layout.shape, lines), np.int32)
+    kinds = np.stack([layout, *(np.broadcast_to(x[:, None], layout.shape)
+                                for x in (lengths, walked))], axis=-1)
+    distinct, which = np.unique(kinds.reshape(-1, 3), axis=0, return_inverse=True)
+    counts = np.empty((len(distinct), lines), np.int32)
+    for i, (number, length, reached) in enumerate(distinct.tolist()):
+        start = walk.start[number]
+        mine = slice(start[0], start[-1])
+        there = np.clip(-(-reached // (TILE * columns)) - walk.first[mine], 0, walk.count[mine])
+        before = np.concatenate([[0], np.cumsum(there, dtype=np.int64)])
+        counts[i] = np.diff(before[start - start[0]])
+        counts[i, -(-length // (TILE * GROUPS)):] = 0
+    found.reshape(-1, lines)[:] = counts[which.ravel()]
+    return found
+
+
+def _items(steps: np.ndarray, groups: int, group_bytes: int) -> np.ndarray:
+    """List the lines of all heads (or groups) as blocks take them: line, batch item, head, steps.
+
+    Those that take longest come first, but heads that walk the same tokens stay together: as many
+    as have theirs in the cache, `group_bytes` for each of `groups`.
+    """
+    heads = steps.shape[1]
+    item, head, line = (x.ravel() for x in np.indices(steps.shape, np.int32))
+    section = (item * groups + head // (heads // groups)) // max(1, CACHE_BYTES // group_bytes)
+    order = np.lexsort((head, item, -steps.ravel(), section))
+    return np.stack([line, item, head, steps.ravel()], axis=1).astype(np.int32)[order]
+
+
+def _structure(fields: Sequence[tuple[str, Any]]) -> np.dtype:
+    """Lay out a struct as C++ does; tensor maps, if any, come first and align it to 64 bytes."""
+    laid = np.dtype(list(fields), align=True)
+    names = laid.names or ()
+    size = -(-laid.itemsize // 64) * 64
+    return np.dtype({"names": names, "formats": [laid[name] for name in names],
+                     "offsets": [laid.fields[name][1] for name in names],  # type: ignore[index]
+                     "itemsize": size})
+
+
+_MAP = "V128"
+_LISTS = np.dtype([(name, "u8") for name in ("start", "first", "count", "at", "names", "bits",
+                                             "layout")] + [("lines", "i4")], align=True)
+_ROWS = np.dtype([("first", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")])
+
+_COMMON = [(name, "u8") for name in ("items", "q_lengths", "kv_lengths", "scale")]
+
+FORWARD = _structure(
+    [("q", _MAP), ("k", _MAP), ("v", _MAP), ("lists", _LISTS), ("values", _ROWS), *_COMMON]
+    + [(name, "u8") for name in ("sinks", "out", "lse")]
+    + [(name, "i4") for name in ("item_count", "heads", "group_heads", "n")])
+
+BACKWARD = _structure(
+    [("q", _MAP), ("k", _MAP), ("v", _MAP), ("dout", _MAP), ("lists", _LISTS),
+     ("walked", _ROWS, 2), *_COMMON]
+    + [(name, "u8") for name in ("steps", "lse", "delta", "dq", "dk", "dv", "dscale")]
+    + [(name, "i4") for name in ("item_count", "heads", "groups", "group_heads", "n", "m")])
+
+
+class _Launch:
+    """The arguments of one launch, and what keeps their arrays alive."""
+
+    def __init__(self, device: Device, problem: Any, structure: np.dtype):
+        self.device, self.problem = device, problem
+        self.arguments = np.zeros((), structure)
+        self._held: list[Any] = []
+        heads, groups = problem.q.shape[1], problem.k.shape[1]
+        for name, value in (("heads", heads), ("groups", groups), ("group_heads", heads // groups),
+                            ("n", problem.q.shape[2]), ("m", problem.k.shape[2])):
+            if name in (structure.names or ()):
+                self.arguments[name] = value
+        self.put("scale", problem.scale)
+        for name in ("q_lengths", "kv_lengths"):
+            self.put(name, self._constant(getattr(problem, name)))
+
+    def _constant(self, x: np.ndarray, dtype: Any = np.int32) -> Array:
+        return self.device.constant(np.ascontiguousarray(x, dtype))
+
+    def put(self, name: str, array: Array | None) -> None:
+        """Tell the address of a dense array, 0 for none."""
+        if array is not None:
+            self.arguments[name] = self._address(contiguous(array))
+
+    def _address(self, array: Array) -> int:
+        self._held.append(array)
+        return self.device.address(array)
+
+    def put_map(self, name: str, array: Array, rows: int) -> None:
+        """Tell how boxes of `rows` rows of (B, H, N, D) are read."""
+        self._held.append(array)
+        self.arguments[name] = np.frombuffer(self.device.tensor_map(array, rows, 64), _MAP)[0]
+
+    def put_rows(self, name: str, *arrays: Array) -> None:
+        """Tell where single rows lie."""
+        rows = [(self._address(x), *(step // x.dtype.itemsize for step in x.strides[:3]))
+                for x in arrays]
+        self.arguments[name] = rows if len(rows) > 1 else rows[0]
+
+    def put_lists(self, walk: Walk, steps: np.ndarray, groups: int | None = None) -> None:
+        """Tell the steps of a walk, and what blocks take: its lines by head, or by group."""
+        lists, (batch, heads, lines) = self.arguments["lists"], steps.shape
+        for name in ("start", "first", "count", "at", "names", "bits"):
+            lists[name] = self._address(self.device.constant(getattr(walk, name)))
+        lists["layout"] = self._address(self._constant(self.problem.layout))
+        lists["lines"] = lines
+        if groups is not None:
+            self.put("steps", self._constant(steps))
+            steps = steps.reshape(batch, groups, heads // groups, lines).sum(axis=2)
+        _, together, m, width = self.problem.k.shape
+        items = _items(steps, together, 4 * width * (m if groups is None else
+                                                     self.problem.q.shape[2] * heads // together))
+        self.put("items", self._constant(items))
+        self.arguments["item_count"] = len(items)
+
+    def run(self, name: str, **macros: int) -> None:
+        """Launch as many blocks as have items, one to a multiprocessor at most."""
+        given = {"BRAIN": int(dtype_name(self.problem.q) == "bfloat16"),
+                 "D": self.problem.q.shape[3], "GROUPS": GROUPS,
+                 "SERVE_REGISTERS": SERVE_REGISTERS, "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
+                 **macros}
+        kernel = Kernel(f"{name}.cu", name, tuple(given.items()), 128 * (1 + GROUPS),
+                        architecture_specific=True)
+        shared = _shared_bytes(name, given["D"], given["STAGES"])
+        blocks = min(int(self.arguments["item_count"]), self.device.multiprocessors)
+        self.device.launch(kernel, blocks, self.arguments, shared)
+
+
+def _shared_bytes(name: str, width: int, stages: int) -> int:
+    """Return what SHARED_BYTES is in the kernels' sources."""
+    rows, row = GROUPS * TILE, 2 * width
+    if name == "hopper_forward":
+        tiles = rows * row + stages * 2 * (2 * TILE) * row + 4 * GROUPS * 16 * row
+        return tiles + stages * (rows * 2 * TILE // 8 + 32) + 8 * (2 + 6 * stages)
+    tiles = 2 * rows * row + stages * 2 * TILE * row
+    return tiles + stages * (rows * TILE // 8 + 2 * 4 * TILE + 32) + 8 * (2 + 5 * stages)
+
+
+def contiguous(array: Array) -> Array:
+    """Return a dense array of the same values, the array itself if it is one."""
+    return namespace(array).ascontiguousarray(array)
