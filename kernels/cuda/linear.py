@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,9 @@ OCCUPIED = 2
 SHORTEST = 4
 """Steps of a span, at least."""
 
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a block may have, by architecture."""
+
 
 class Tiling(NamedTuple):
     """How a kernel divides its work."""
@@ -65,7 +69,7 @@ class Tiling(NamedTuple):
     """That a multiprocessor should hold."""
 
 
-TOKENS = {"bfloat16": (64, 64, 64), "float16": (64, 64, 32), "float32": (64, 64, 32),
+TOKENS = {"bfloat16": (64, 64, 64), "float16": (64, 32, 32), "float32": (64, 32, 32),
           "float64": (64, 32, 16)}
 """Tokens of a step by dtype, for each of WIDTHS."""
 
@@ -140,28 +144,28 @@ def tops_kernel(name: str, x: Tiling, generic: bool) -> Kernel:
                   PROJECTED=1)
 
 
-LARGEST_SHARED = 227 * 1024
-"""Bytes of shared memory that a block may have on the GPUs with most."""
+def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | None]]:
+    """Yield kernels to be compiled and read: (kernel, architectures, an instruction it must have).
 
-
-def configurations() -> list[Kernel]:
-    """Return kernels in the configurations that need the most registers, for each dtype."""
-    found = []
+    Of each dtype those that need most registers: wide ones, and passes under a causal mask.
+    """
     for name in ELEMENTS:
+        product = "DMMA" if name == "float64" else "HMMA"
         for width in WIDTHS[1:]:
             x = tiling(name, width)
             chosen = {"reads": 1, "causal": 1, "kind": KINDS.index("elu1"), "projected": 0}
+            stable = {**chosen, "kind": KINDS.index("exp"), "projected": 1}
             passes = [{**chosen, "pass": number} for number in (OUT, DQ, DV, DK)]
-            passes += [{**chosen, "pass": DK, "reads": 0}, {**chosen, "pass": DK, "causal": 0}]
-            if shared_bytes(name, x, True) <= LARGEST_SHARED:
-                projected = {"kind": KINDS.index("exp"), "projected": 1}
-                passes += [{**chosen, **projected, "pass": number} for number in (OUT, DQ, DK)]
-            found += [walk_kernel(name, x, choice, False) for choice in passes]
+            passes += [{**chosen, "pass": DK, "reads": 0}, {**chosen, "pass": DK, "causal": 0},
+                       *({**stable, "pass": number} for number in (OUT, DQ, DK))]
+            for choice in passes:
+                needed = shared_bytes(name, x, bool(choice["projected"]))
+                fitting = tuple(known for known in SHARED if needed <= SHARED[known])
+                yield walk_kernel(name, x, choice, False), fitting, product
         x = tiling(name, WIDTHS[1])
-        found += [tops_kernel(name, x, False)]
-        found += [kernel(name, x, file, GENERIC=1)
-                  for file in ("linear_scan", "linear_pull", "linear_running")]
-    return found
+        yield tops_kernel(name, x, False), tuple(SHARED), product
+        for file in ("linear_scan", "linear_pull", "linear_running"):
+            yield kernel(name, x, file, GENERIC=1), tuple(SHARED), None
 
 
 STATES = struct(*fields("u8", "at"), *fields("i8", "pair span"), *fields("i4", "row last last_row"))
