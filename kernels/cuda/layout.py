@@ -74,12 +74,19 @@ def readable(device: Device, x: Array) -> Array:
         return x
     copy = device.zeros((*x.shape[:-1], roomy_width(x.shape[-1], x.dtype)), x.dtype)
     copy[..., :x.shape[-1]] = x
-    return copy[..., :x.shape[-1]]
+    return narrowed(device, copy, x.shape[-1])
 
 
 def roomy(device: Device, shape: tuple[int, ...], dtype: Any) -> Array:
     """Return an empty array whose rows have room up to a multiple of 16 bytes."""
-    return device.empty((*shape[:-1], roomy_width(shape[-1], dtype)), dtype)[..., :shape[-1]]
+    return narrowed(device, device.empty((*shape[:-1], roomy_width(shape[-1], dtype)), dtype),
+                    shape[-1])
+
+
+def narrowed(device: Device, x: Array, width: int) -> Array:
+    """Return the first columns of `x`; kernels may reach all of them."""
+    device.address(x)
+    return x[..., :width]
 
 
 def roomy_width(width: int, dtype: Any) -> int:

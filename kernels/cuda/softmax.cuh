@@ -37,6 +37,12 @@ DEVICE Sum log_of_sum(Sum x, Sum y) {
     return most + logarithm(sum) * FROM_BASE;
 }
 
+// What is taken from a row's scores before the exponential: its log-sum-exp, to the base. A row that
+// sees no key has weights of 0.
+DEVICE Sum shift_of(Sum lse) {
+    return lse == -INFINITE ? INFINITE : lse * TO_BASE;
+}
+
 // What a pair of the backward comes to.
 struct Pair {
     Sum weight;         // as it met v
@@ -46,10 +52,10 @@ struct Pair {
     bool seen;          // whether q, k, v and dout meet through it
 };
 
-// `product` is q.k, `pull` is dout.v; lse2 is the row's log-sum-exp in logs to the base. The pair may
-// be `allowed` by mask and lengths; if not, nothing of it is looked at.
+// `product` is q.k, `pull` is dout.v; `shift` is that of the row. The pair may be `allowed` by mask
+// and lengths; if not, nothing of it is looked at.
 DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool allowed, Sum product,
-                    Sum scale, Sum lse2, Sum pull, Sum delta) {
+                    Sum scale, Sum shift, Sum pull, Sum delta) {
     Pair pair = {0, 0, 0, 1, allowed};
 #if TERMS
     if (!allowed)
@@ -60,7 +66,7 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
         pair.seen = false;
         return pair;
     }
-    Sum weight = power(score - lse2);
+    Sum weight = power(score - shift);
     Sum keep = 1;
     if (HAS(DROPOUT) && s.threshold) {
         // forward: out = (weight * keep) v
@@ -82,7 +88,7 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
     pair.dscore = weight * pull;
     pair.weight = weight * keep;
 #else
-    const Sum weight = power(times_plus(product, scale * TO_BASE, -lse2));
+    const Sum weight = power(times_plus(product, scale * TO_BASE, -shift));
     pair.weight = allowed ? weight : Sum(0);
     pair.dscore = allowed ? weight * (pull - delta) : Sum(0);
 #endif

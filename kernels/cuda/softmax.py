@@ -108,7 +108,8 @@ def forward_tiling(name: str, d: int, e: int, terms: int, shared: int,
     """Return how the forward divides its work: the first tiling whose tiles fit shared memory."""
     wide = max(d, e)
     if name == "float64":
-        choices = [Tiling(1, 4, 32, 32, 1), Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
+        choices = [Tiling(1, 4, 32, 32 if wide <= 64 and not terms else 16, 1),
+                   Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
     elif name == "float32":
         choices = [Tiling(1, 4, 64, 32, 1), Tiling(1, 4, 32, 32, 1), Tiling(1, 2, 16, 16, 1)]
     elif wide <= 64 and not terms and not packed:
@@ -256,15 +257,23 @@ def forward(problem: Any) -> tuple[Array, Array]:
     return out, lse
 
 
-def sums_room(name: str) -> int:
+ROOM_OF_QUERIES = 192
+"""Columns of sums that the kernel of dq has room for, as it keeps two numbers for each row."""
+
+
+def sums_room(name: str, terms: int) -> int:
     """Return how many columns of sums the registers of a backward have room for."""
-    return {"float64": 64, "float32": 128}.get(name, 256)
+    if name == "float64":
+        return 64
+    if name == "float32":
+        return 64 if terms else 128
+    return 256
 
 
-def column_chunk(name: str, width: int) -> int:
+def column_chunk(name: str, width: int, terms: int, most: int = 256) -> int:
     """Return how many columns a launch sums: a part of the width that ends with a panel."""
     panel = max(16, 128 // item_bytes(name))
-    width, room = rounded(width), sums_room(name)
+    width, room = rounded(width), min(most, sums_room(name, terms))
     return next(width // parts for parts in range(1, width)
                 if width // parts <= room and width % parts == 0
                 and (parts == 1 or width // parts % panel == 0))
@@ -280,7 +289,7 @@ def backward_tiling(name: str, d: int, e: int, columns: int, terms: int,
         choices = [Tiling(1, 4, 64, 16, 1), Tiling(1, 4, 32, 16, 1), Tiling(1, 4, 16, 16, 1),
                    Tiling(1, 2, 16, 16, 1)]
     else:
-        step = 64 if not terms else 32 if columns <= 128 else 16
+        step = 16 if terms and columns > 128 else 32 if terms or columns > 128 else 64
         choices = [Tiling(1, 4, 64, step, 2), Tiling(1, 4, 32, min(step, 32), 1),
                    Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
     return next((x for x in choices if backward_shared(name, x, d, e) <= shared), None)
@@ -311,11 +320,11 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     return found | gradients_of_terms(call, dout, lse, delta)
 
 
-def launches_of_keys(name: str, d: int, e: int) -> list[tuple[int, int, int, int]]:
+def launches_of_keys(name: str, d: int, e: int, terms: int) -> list[tuple[int, int, int, int]]:
     """Return for each launch the columns of dk and dv that it sums, and where these begin."""
-    if rounded(d) + rounded(e) <= sums_room(name):
+    if rounded(d) + rounded(e) <= sums_room(name, terms):
         return [(rounded(d), rounded(e), 0, 0)]
-    dk, dv = column_chunk(name, d), column_chunk(name, e)
+    dk, dv = column_chunk(name, d, terms), column_chunk(name, e, terms)
     return [*((dk, 0, first, 0) for first in range(0, d, dk)),
             *((0, dv, 0, first) for first in range(0, e, dv))]
 
@@ -333,7 +342,7 @@ def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
     arguments["lse"], arguments["delta"] = device.address(lse), device.address(delta)
     for name in ("k", "v"):
         put_result(call, arguments, f"d{name}", found[name], wide=name in call.p.summed)
-    for dk, dv, dk_from, dv_from in launches_of_keys(call.name, call.d, call.e):
+    for dk, dv, dk_from, dv_from in launches_of_keys(call.name, call.d, call.e, call.terms):
         tiling = backward_tiling(call.name, d, e, dk + dv, call.terms, device.shared_memory)
         assert tiling is not None
         arguments["dk_from"], arguments["dv_from"] = dk_from, dv_from
@@ -347,7 +356,7 @@ def launch_queries(call: Call, found: dict[str, Array], dout: Array, lse: Array,
                    delta: Array) -> Array:
     """Compute the gradient of q; return that of the scale, (H,)."""
     device, d, e = call.device, rounded(call.d), rounded(call.e)
-    chunk = column_chunk(call.name, call.d)
+    chunk = column_chunk(call.name, call.d, call.terms, ROOM_OF_QUERIES)
     tiling = backward_tiling(call.name, d, e, chunk, call.terms, device.shared_memory)
     assert tiling is not None
     arguments = np.zeros((), struct(
@@ -478,11 +487,11 @@ def kernels(name: str, d: int, e: int, terms: int, shared: int) -> Iterator[Kern
         tiling = forward_tiling(name, d, chunk, terms, shared, packed)
         if tiling is not None and not (packed and terms):
             yield kernel(name, "softmax_forward", tiling, d, chunk, terms, PACKED=int(packed))
-    for dk, dv, dk_from, dv_from in launches_of_keys(name, d, e):
+    for dk, dv, dk_from, dv_from in launches_of_keys(name, d, e, terms):
         tiling = backward_tiling(name, d, e, dk + dv, terms, shared)
         if tiling is not None and dk_from == dv_from == 0:
             yield kernel(name, "softmax_backward_keys", tiling, d, e, terms, DK=dk, DV=dv)
-    chunk = column_chunk(name, d)
+    chunk = column_chunk(name, d, terms, ROOM_OF_QUERIES)
     tiling = backward_tiling(name, d, e, chunk, terms, shared)
     if tiling is not None:
         yield kernel(name, "softmax_backward_queries", tiling, d, e, terms, DQ=chunk)

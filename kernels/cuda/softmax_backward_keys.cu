@@ -196,7 +196,7 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
                         UNROLL
                         for (int e = 0; e < 2; e++) {
                             const u32 at = slot * ROW_SIZE + column + e * sizeof(Sum);
-                            const Sum lse = load_shared<Sum>(lse_rows + at);
+                            const Sum shift = shift_of(load_shared<Sum>(lse_rows + at));
                             const Sum delta = load_shared<Sum>(delta_rows + at);
                             const QueryOfTerms terms = {
                                 batch, here, query + step + 8 * i + 2 * pair_of_lane() + e};
@@ -208,9 +208,9 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
                                 Sum& pull = pulls[s][i][2 * h + e];
                                 bool allowed = true;
                                 if (masked || bad)
-                                    allowed = seen.get(i, e) && lse != -INFINITE;
+                                    allowed = seen.get(i, e) && shift != INFINITE;
                                 const Pair pair = pair_of(p.scores, terms, key, allowed, product,
-                                                          scale, lse * TO_BASE, pull, delta);
+                                                          scale, shift, pull, delta);
                                 if ((masked || bad) && !pair.seen)
                                     seen.hide(i, e);
                                 product = pair.weight;

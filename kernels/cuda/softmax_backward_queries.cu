@@ -51,7 +51,7 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
 
     Sum dq[SLICES][DQ / 8][4];
     const u32 dq_panel = a.dq_from / PANEL;
-    Sum lse[SLICES][2];
+    Sum shift[SLICES][2];
     Sum delta[SLICES][2];
     clear(dq);
     const i64 rows = (i64(batch) * p.heads + head) * p.n;
@@ -61,7 +61,7 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
         for (int h = 0; h < 2; h++) {
             const int query = first + own + 16 * s + 8 * h + row_of_lane();
             const bool live = query < queries;
-            lse[s][h] = live ? a.lse[rows + query] : -INFINITE;
+            shift[s][h] = live ? shift_of(a.lse[rows + query]) : INFINITE;
             delta[s][h] = live ? a.delta[rows + query] : Sum(0);
         }
 
@@ -142,7 +142,7 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
                         const QueryOfTerms terms = {batch, head, query};
                         RowBits<STEP>& seen = bits[s][h];
                         if (masked || bad)
-                            seen.set(bits_of_row(p.lists, lse[s][h] == -INFINITE ? NONE : kind,
+                            seen.set(bits_of_row(p.lists, shift[s][h] == INFINITE ? NONE : kind,
                                                  query % TILE, columns), tile_from + step);
                         UNROLL
                         for (int i = 0; i < STEP / 8; i++)
@@ -153,7 +153,7 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
                                 Sum& pull = pulls[s][i][2 * h + e];
                                 const Pair pair = pair_of(
                                     p.scores, terms, column, allowed, products[s][i][2 * h + e],
-                                    scale, lse[s][h] * TO_BASE, pull, delta[s][h]);
+                                    scale, shift[s][h], pull, delta[s][h]);
                                 if ((masked || bad) && !pair.seen)
                                     seen.hide(i, e);
                                 pull = pair.dscore * pair.slope;

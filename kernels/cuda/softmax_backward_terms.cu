@@ -60,7 +60,7 @@ softmax_backward_terms(const __grid_constant__ TermsArguments a) {
 
         load_tokens<ROWS, D>(q_tile, p.q.head(batch, head), p.q.n, first, queries, p.d);
         load_tokens<ROWS, E>(dout_tile, a.dout.head(batch, head), a.dout.n, first, queries, p.e);
-        Sum lse[2];
+        Sum shift[2];
         Sum delta[2];
         u64 bits[2];
         UNROLL
@@ -68,9 +68,9 @@ softmax_backward_terms(const __grid_constant__ TermsArguments a) {
             const int query = tile[0] * TILE + in_tile + 8 * h;
             const i64 row = (i64(batch) * p.heads + head) * p.n + query;
             const bool live = query < queries;
-            lse[h] = live ? a.lse[row] : -INFINITE;
+            shift[h] = live ? shift_of(a.lse[row]) : INFINITE;
             delta[h] = live ? a.delta[row] : Sum(0);
-            bits[h] = bits_of_row(p.lists, lse[h] == -INFINITE ? NONE : kind, in_tile + 8 * h,
+            bits[h] = bits_of_row(p.lists, shift[h] == INFINITE ? NONE : kind, in_tile + 8 * h,
                                   columns);
         }
 
@@ -114,7 +114,7 @@ softmax_backward_terms(const __grid_constant__ TermsArguments a) {
                             const int x = 2 * h + e;
                             const Pair found = pair_of(
                                 p.scores, terms, key + step + 8 * i + 2 * pair_of_lane() + e,
-                                seen.get(i, e), products[0][i][x], scale, lse[h] * TO_BASE,
+                                seen.get(i, e), products[0][i][x], scale, shift[h],
                                 pulls[0][i][x], delta[h]);
                             sums[0][(part * LOAD + step) / 8 + i][x] += a.of_gate ? found.dgate
                                                                                   : found.dscore;
