@@ -137,10 +137,9 @@ DEVICE void take_denominators(const LinearArguments& a, const Block& block,
     const int row = threadIdx.x;
     if (row < TOKENS) {
         const i64 line = (i64(block.batch) * a.heads + head) * a.n + first;
-        store_shared(block.pulls + row * u32(sizeof(Sum)), row < count ? a.pull[line + row] : Sum(0));
+        store_sum(block.pulls, row, row < count ? a.pull[line + row] : Sum(0));
         if (PASS == DQ)
-            store_shared(block.shares + row * u32(sizeof(Sum)),
-                         row < count ? a.inverse[line + row] : Sum(0));
+            store_sum(block.shares, row, row < count ? a.inverse[line + row] : Sum(0));
     }
 }
 
@@ -243,7 +242,7 @@ struct State {
                                     sums[s][i][2 * h + 1]);
         }
         if (threadIdx.x < SIDE)
-            store_shared(block.lasts + threadIdx.x * u32(sizeof(Sum)), last);
+            store_sum(block.lasts, threadIdx.x, last);
     }
 
     // Adds the columns of a step.
@@ -255,7 +254,7 @@ struct State {
         // of dv nothing needs the vector
         if (!a.normalize || PASS == DV || threadIdx.x >= SIDE)
             return;
-        _Pragma("unroll 8")
+        _Pragma("unroll 4")
         for (int token = 0; token < TOKENS; token++) {
             const u32 from = place<TOKENS>(PASS == OUT ? block.y : block.z, token, threadIdx.x);
             const Sum phi = number(load_shared<Stored>(from));
@@ -398,7 +397,7 @@ struct Found {
             total += __shfl_xor_sync(~0u, total, 1);
             total += __shfl_xor_sync(~0u, total, 2);
             if (pair_of_lane() == 0)
-                store_sum(block.totals + block.part * TOKENS * u32(sizeof(Sum)), block.row(h), total);
+                store_sum(block.totals, block.part * TOKENS + block.row(h), total);
         }
         projected.store(a, block, block.x, step.rows);
         __syncthreads();

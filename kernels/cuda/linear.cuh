@@ -150,7 +150,7 @@ enum { RAW_ACROSS = SIDE / RAW_CHUNK, RAW_CHUNKS = TOKENS * RAW_ACROSS };
 // `count` tokens from `first` on, of `width` numbers each; zeros for the rest.
 DEVICE void fetch(u32 raw, const Array& from, int batch, int head, int first, int count, int width) {
     const Raw* start = from.token(batch, head, first);
-    _Pragma("unroll 4")
+    _Pragma("unroll 2")
     for (int i = threadIdx.x; i < RAW_CHUNKS; i += THREADS) {
         const int row = i / RAW_ACROSS;
         const int column = i % RAW_ACROSS * RAW_CHUNK;
@@ -162,7 +162,7 @@ DEVICE void fetch(u32 raw, const Array& from, int batch, int head, int first, in
 // wrote is finite.
 template<class Map> DEVICE bool take(u32 tile, u32 raw, int count, int width, Map map) {
     bool finite = true;
-    _Pragma("unroll 2")
+    _Pragma("unroll 1")
     for (int i = threadIdx.x; i < RAW_CHUNKS; i += THREADS) {
         const int row = i / RAW_ACROSS;
         const int column = i % RAW_ACROSS * RAW_CHUNK;
@@ -216,7 +216,7 @@ template<int Y_ROWS, int TILES>
 DEVICE void multiply_rows(Sum (&c)[1][TILES][4], u32 x, int row, u32 y, int column) {
     const u32 from_x = place_of_a<TOKENS>(x, row);
     const u32 from_y = place_of_columns<Y_ROWS>(y, column);
-#if ELEMENT == F32
+#if ELEMENT >= F32
     _Pragma("unroll 1")
 #else
     _Pragma("unroll 2")
@@ -513,7 +513,7 @@ struct Projected {
             most[r] = larger_number(most[r], __shfl_xor_sync(~0u, most[r], 1));
             most[r] = larger_number(most[r], __shfl_xor_sync(~0u, most[r], 2));
             if (pair_of_lane() == 0)
-                store_sum(block.largest + block.part * TOKENS * u32(sizeof(Sum)), block.row(r), most[r]);
+                store_sum(block.largest, block.part * TOKENS + block.row(r), most[r]);
         }
         __syncthreads();
         UNROLL

@@ -1,17 +1,18 @@
 """Linear attention on CuPy arrays, by CUDA C++ kernels.
 
-Sequences are read in spans of steps of up to 64 tokens, whatever `order` and `chunk` of the problem
-say. There are as many spans as it takes to occupy the GPU: one where there are many key/value heads,
-many for a long sequence of one head. With one, a block carries the state along all steps. With
-more, there are three phases:
+Sequences are read in spans of steps of up to 64 tokens, whatever `order` and `chunk` of the
+problem say. There are as many spans as it takes to occupy the GPU: one where there are many
+key/value heads, many for a long sequence of one head. With one, a block carries the state along
+all steps. With more, there are three phases:
 
     sums    of each span, its keys' part of the state
     scan    the state before each span, in place of these; and the one behind the last
     walk    the outputs of each span, from the state before it
 
-likewise the backward, for dq as above, for dk and dv with the gradients of states from the last span
-to the first. States of spans take (F + 1) E numbers each, and there are no more spans than keep all
-multiprocessors busy twice; nothing else is kept. No launch adds atomically.
+likewise the backward, for dq as above, for dk and dv with the gradients of states from the last
+span to the first. A state takes F (E + 1) numbers, and there are no more of them than OCCUPIED
+blocks for each multiprocessor, and no more than one for each SHORTEST steps of a key/value head;
+nothing else grows with the tokens but a few numbers for each. No launch adds atomically.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def is_projected(made: Any) -> bool:
 
 
 def sum_bytes(name: str) -> int:
+    """Return the bytes of a sum for q of dtype `name`."""
     return np.dtype(sum_type(name)).itemsize
 
 
@@ -115,9 +117,9 @@ def refuses(problem: Any) -> str | None:
                 f"their features {f}, v has {e}")
     device, name = devices.of(p.q), dtype_name(p.q)
     if shared_bytes(name, tiling(name, max(d, f, e)), is_projected(made)) > device.shared_memory:
-        return (f"a block of {name} with {f} {'projected ' * is_projected(made)}features, and values "
-                f"{e} wide, does not fit the {device.shared_memory} bytes of shared memory that "
-                f"{device.name} has")
+        features = f"{f} {'projected ' * is_projected(made)}features"
+        return (f"a block of {name} with {features}, and values {e} wide, does not fit the "
+                f"{device.shared_memory} bytes of shared memory that {device.name} has")
     return None
 
 
@@ -306,7 +308,8 @@ class Call(Keeper):
         record["before"], record["after"] = before, after
         for name, value in given.items():
             record[name] = value
-        chosen = {name: int(record[name]) for name in ("pass", "reads", "causal", "kind", "projected")}
+        chosen = {name: int(record[name])
+                  for name in ("pass", "reads", "causal", "kind", "projected")}
         self.device.launch(walk_kernel(self.name, self.tiling, chosen, self.generic),
                            (self.pairs, spans[0], 1), record, self.shared)
 
