@@ -22,7 +22,7 @@ DTYPES = [np.float16, BFLOAT16, np.float32, np.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: np.dtype(x).name)
 KINDS = ["identity", "elu1", "relu", "exp"]
 CAUSAL = [False, True, "top_left"]
-LONG = Shape((1,), 2, 1, 333, 301, 20, 13)
+LONG = Shape((1,), 2, 1, 233, 201, 20, 13)
 SMALL = [Shape((2,), 4, 2, 33, 47, 20, 13), Shape((1,), 3, 1, 70, 90, 16, 8)]
 
 
@@ -45,10 +45,10 @@ def options(kind, projected, d, seed=0):
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_the_rule(kind, causal, dtype, device):
+    number = KINDS.index(kind) + CAUSAL.index(causal) + DTYPES.index(dtype)
     shape = SMALL[KINDS.index(kind) % 2]
-    for projected in (False, True):
-        found, given = options(kind, projected, shape.d)
-        judge(found, shape, dtype, "cuda", causal=causal, **given)
+    found, given = options(kind, number % 2, shape.d)
+    judge(found, shape, dtype, "cuda", causal=causal, **given)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -122,8 +122,7 @@ def test_padding_is_as_if_it_was_not_there(causal, kind, device):
         np.testing.assert_allclose(sums[b], own_sums, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", ["elu1", "exp"])
+@pytest.mark.parametrize(("kind", "dtype"), [("elu1", np.float32), ("exp", np.float64)])
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 def test_a_token_that_is_not_finite_reaches_those_that_see_it_alone(where, kind, dtype, device):
     given = dict(zip("qkv", draw(Shape((1,), 2, 1, 40, 40, 8, 5), dtype), strict=True))

@@ -15,9 +15,9 @@
 // sums are the denominators, and their gradients. It is kept apart, as a vector for each state.
 //
 // A block walks the steps of a span of an item and key/value head. Steps' sums are the same matrix
-// for every row, so spans can be summed first (READS = 0), these sums be joined (linear_scan.cu), and
-// then all spans be walked at once, each from the state before it. The state stays in registers; of
-// it, rounded to what products take, there is a copy in shared memory for the step's rows.
+// for every row, so spans can be summed first (READS = 0), these sums be joined (linear_scan.cu),
+// and then all spans be walked at once, each from the state before it. The state stays in registers;
+// of it, rounded to what products take, there is a copy in shared memory for the step's rows.
 #include "linear.cuh"
 
 enum {
@@ -128,7 +128,7 @@ DEVICE bool take_z(const LinearArguments& a, const Block& block, const Step& ste
     return take_features(a, block, block.z, block.raw_z, step.columns);
 }
 
-// Writes 1 / denominator and the gradients of the denominators of a step's queries to shared memory.
+// Writes 1 / denominator and the denominators' gradients, of a step's queries, to shared memory.
 DEVICE void take_denominators(const LinearArguments& a, const Block& block,
                                            const Step& step, const Visit& visit) {
     const int head = block.group * block.shared_heads + visit.head;
@@ -143,8 +143,8 @@ DEVICE void take_denominators(const LinearArguments& a, const Block& block,
     }
 }
 
-// Of kind EXP: writes what the queries and keys of a step are weighed by to shared memory, and returns
-// by what the state is multiplied.
+// Of kind EXP: writes what the queries and keys of a step are weighed by to shared memory, and
+// returns by what the state is multiplied.
 //
 //     base      of a query, the largest stabiliser of the keys that it sees
 //     query     exp(before - base): its share of the state
@@ -190,7 +190,8 @@ struct State {
     }
 
     // visit(number of the feature, of the value, reference) for all that this thread has.
-    template<class Each> __device__ __forceinline__ void each(const LinearArguments& a, Each visit) {
+    template<class Each>
+    __device__ __forceinline__ void each(const LinearArguments& a, Each visit) {
         UNROLL
         for (int s = 0; s < STRIPS; s++)
             UNROLL
@@ -323,7 +324,7 @@ struct Found {
         }
     }
 
-    // What the rows find at the columns of their own step; `bad` is whether some of Z is not finite.
+    // What the rows find at the columns of their own step; `bad`: some of Z is not finite.
     __device__ __forceinline__ void meet(const LinearArguments& a, const Block& block,
                                          const Step& step, bool bad) {
         Sum pairs[1][TOKENS / 8][4];
@@ -369,7 +370,8 @@ struct Found {
             for (int h = 0; h < 2; h++)
                 bits[h].share(block.words + 8 * (8 * h + row_of_lane()));
             __syncwarp();
-            add_bad<TOKENS, RESULT>(sums, z, 0, TOKENS, block.words, PASS != OUT || KIND == IDENTITY);
+            const bool either_sign = PASS != OUT || KIND == IDENTITY;
+            add_bad<TOKENS, RESULT>(sums, z, 0, TOKENS, block.words, either_sign);
             __syncthreads();
             clean<TOKENS, SIDE>(block.z, 0, TOKENS);
             __syncthreads();
@@ -377,7 +379,7 @@ struct Found {
         multiply_weights<TOKENS, RESULT>(sums, weights, z, 0);
     }
 
-    // Gradients of projected features become those of tokens, which lie in the tile of the rows then.
+    // Gradients of projected features become those of the tokens.
     __device__ __forceinline__ void project_back(const LinearArguments& a, const Block& block,
                                                  const Step& step) {
         wait_copies<0>();

@@ -1,8 +1,8 @@
 // linear.cuh -- tiles of tokens and states, as the passes of linear attention read and write them.
 // linear.py has the same structs as NumPy dtypes.
 //
-// HALF: arrays are fp16 and tiles fp32, of which a product takes 16 bits: more than fp16 has, and sums
-// over keys and shares of them may leave its range.
+// HALF: arrays are fp16 and tiles fp32, of which a product takes 16 bits: more than fp16 has, and
+// sums over keys and shares of them may leave its range.
 //
 // PASS, READS, CAUSAL, KIND and PROJECTED are constants of a kernel, or with GENERIC what its
 // arguments say. Features of kind EXP are always projected.
@@ -141,14 +141,15 @@ DEVICE Sum as_taken(Sum x) {
 #endif
 }
 
-// ---- tokens on their way: from an array by cp.async to `raw`, from there to a tile. A thread takes
-// the chunks that it fetched, so there is no barrier between the two, and the next tokens can be
-// fetched as soon as these are taken.
+// ---- tokens on their way: from an array by cp.async to `raw`, from there to a tile. A thread
+// takes the chunks that it fetched, so there is no barrier between the two, and the next tokens can
+// be fetched as soon as these are taken.
 
 enum { RAW_ACROSS = SIDE / RAW_CHUNK, RAW_CHUNKS = TOKENS * RAW_ACROSS };
 
 // `count` tokens from `first` on, of `width` numbers each; zeros for the rest.
-DEVICE void fetch(u32 raw, const Array& from, int batch, int head, int first, int count, int width) {
+DEVICE void fetch(u32 raw, const Array& from, int batch, int head, int first, int count,
+                  int width) {
     const Raw* start = from.token(batch, head, first);
     _Pragma("unroll 2")
     for (int i = threadIdx.x; i < RAW_CHUNKS; i += THREADS) {
@@ -210,8 +211,8 @@ template<int ROWS> DEVICE RowsOfB moved_rows(RowsOfB from, int column) {
     return from;
 }
 
-// C (16 x 8 TILES) += X Y^T for rows from `row` on of tile x and from `column` on of tile y, both SIDE
-// wide. As multiply_transposed, but not all of it at once: registers are for the state.
+// C (16 x 8 TILES) += X Y^T for rows from `row` on of tile x and from `column` on of tile y, both
+// SIDE wide. As multiply_transposed, but not all of it at once: registers are for the state.
 template<int Y_ROWS, int TILES>
 DEVICE void multiply_rows(Sum (&c)[1][TILES][4], u32 x, int row, u32 y, int column) {
     const u32 from_x = place_of_a<TOKENS>(x, row);
@@ -279,7 +280,8 @@ DEVICE void load_a_in_pairs(A& a, u32 from) {
 
 // C (16 x 8 TILES) += X Y for rows from `row` on of tile x, and of Y, SIDE rows, the columns from
 // `column` on.
-template<int TILES> DEVICE void multiply_by(Sum (&c)[1][TILES][4], u32 x, int row, u32 y, int column) {
+template<int TILES>
+DEVICE void multiply_by(Sum (&c)[1][TILES][4], u32 x, int row, u32 y, int column) {
 #if ELEMENT == F64
     const u32 from_x = place<TOKENS>(x, row + row_of_lane(), 2 * pair_of_lane());
 #else

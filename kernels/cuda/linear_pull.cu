@@ -1,5 +1,5 @@
-// linear_pull.cu -- of a normalised output: 1 / denominator, 0 of empty rows; and the gradient of the
-// denominator, -(dout . out) / denominator. A warp does a row.
+// linear_pull.cu -- of a normalised output: 1 / denominator, 0 of empty rows; and the gradient of
+// the denominator, -(dout . out) / denominator. A warp does a row.
 #include "linear.cuh"
 
 struct PullArguments {

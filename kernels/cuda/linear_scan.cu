@@ -1,5 +1,5 @@
-// linear_scan.cu -- the state before each span, from the sums of each span. A thread does one number
-// of a state, from the first span to the last, or back.
+// linear_scan.cu -- the state before each span, from the sums of each span. A thread does one
+// number of a state, from the first span to the last, or back.
 #include "linear.cuh"
 
 struct ScanArguments {
@@ -13,7 +13,7 @@ enum { AT_ONCE = 8 };
 
 DEVICE Sum& number_of(const States& states, int pair, int span, int f, int e, int width) {
     Sum* place = states.of(pair, span);
-    return e < width ? place[i64(f) * states.row + e] : place[states.last + i64(f) * states.last_row];
+    return place[e < width ? i64(f) * states.row + e : states.last + i64(f) * states.last_row];
 }
 
 // Of kind EXP what a state is multiplied by on its way through a span.

@@ -1,5 +1,5 @@
-// linear_tops.cu -- the stabilisers of keys with features of kind EXP, and the largest of TOKENS keys
-// each. A block does TOKENS keys.
+// linear_tops.cu -- the stabilisers of keys with features of kind EXP, and the largest of TOKENS
+// keys each. A block does TOKENS keys.
 #include "linear.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
