@@ -16,7 +16,7 @@
 //
 // A block walks the steps of a span of an item and key/value head. Steps' sums are the same matrix
 // for every row, so spans can be summed first (READS = 0), these sums be joined (linear_scan.cu),
-// and then all spans be walked at once, each from the state before it. It stays in registers;
+// and then all spans be walked at once, each from the state before it. The state is in registers;
 // of it, rounded to what products take, there is a copy in shared memory for the step's rows.
 #include "linear.cuh"
 
