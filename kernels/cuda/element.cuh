@@ -9,7 +9,8 @@
 // keys in the order in which the threads hold them, hence B by `load_rows_as_b` has its rows so, too.
 //
 //     F16, BF16   DEPTH 16, one mma, fp32 sums
-//     F32         DEPTH 16, every number split into three of bf16: eight mma, fp32 sums
+//     F32         DEPTH 16, every number split into three of bf16: eight mma, fp32 sums; where HALF is
+//                 set, for tiles of what was fp16, into two of them: three mma
 //     F64         DEPTH 8, as four products of 8 x 8 x 4
 #pragma once
 #include "primitives.cuh"
@@ -18,6 +19,10 @@
 #define BF16 1
 #define F32 2
 #define F64 3
+
+#ifndef HALF
+#define HALF 0
+#endif
 
 #if ELEMENT == F64
 typedef double Stored;
@@ -239,7 +244,7 @@ DEVICE void split(u32& a, u32& b, u32& c, float low, float high) {
 DEVICE void multiply(float (&c)[4], const A& a, const B& b) {
     // all but the product of the smallest parts, which is 2^-32 of the whole; the small ones first
     UNROLL
-    for (int order = 3; order >= 0; order--)
+    for (int order = HALF ? 1 : 3; order >= 0; order--)
         UNROLL
         for (int i = 0; i < 3; i++)
             if (order - i >= 0 && order - i < 3)
