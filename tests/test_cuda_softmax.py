@@ -138,6 +138,15 @@ def test_huge_logits():
         attention.test_huge_logits("cuda", np.dtype(dtype))
 
 
+@pytest.mark.parametrize("name", ["causal", "sinks", "lengths_causal", "softcap"])
+def test_a_hopper_takes_its_own_kernels_where_they_serve(name, emulated):
+    emulated.capability = (9, 0)
+    drawn = BY_NAME[name].make(Shape((1,), 2, 1, 130, 130, 64, 64), BFLOAT16)
+    judge(drawn, *run(drawn, "cuda"))
+    launched = {kernel.partition("_")[0] for kernel, _ in emulated.launches}
+    assert ("hopper" in launched) == (name != "softcap")
+
+
 # what is masked, and what is not a number
 
 

@@ -1,7 +1,8 @@
 """Tiled softmax attention on CuPy arrays, by CUDA C++ kernels.
 
 Any dtype, width, mask and score term: the kernels are built for what a problem has, at its first
-call. Widths are rounded up to those of WIDTHS, and columns beyond are zeros in shared memory.
+call. Widths are rounded up to those of WIDTHS, and columns beyond are zeros in shared memory. What
+the kernels for Hopper take, on such a GPU, goes to these (hopper.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from pyattn.arrays import Array, dtype_name
 
 from . import device as devices
-from . import term_gradients
+from . import hopper, term_gradients
 from .device import Kernel
 from .layout import (
     ELEMENTS,
@@ -59,6 +60,7 @@ class Tiling(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """Rows of a block."""
         return 16 * self.slices * self.warps
 
 
@@ -115,7 +117,8 @@ def forward_tiling(name: str, d: int, e: int, terms: int, shared: int,
     elif wide <= 64 and not terms and not packed:
         choices = [Tiling(2, 4, 64, 64, 2)]
     else:
-        choices = [Tiling(1, 4, 64, 64 if wide <= 128 and not terms else 32, 2 if wide <= 128 else 1),
+        choices = [Tiling(1, 4, 64, 64 if wide <= 128 and not terms else 32,
+                          2 if wide <= 128 else 1),
                    Tiling(1, 4, 32, 32, 1), Tiling(1, 2, 32, 32, 1), Tiling(1, 2, 16, 16, 1)]
     return next((x for x in choices if forward_shared(name, x, d, e) <= shared), None)
 
@@ -127,6 +130,7 @@ def forward_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
 
 
 def item_bytes(name: str) -> int:
+    """Return the bytes of a number of a dtype."""
     return {"float64": 8, "float32": 4}.get(name, 2)
 
 
@@ -209,6 +213,8 @@ class Call(Keeper):
 
 def forward(problem: Any) -> tuple[Array, Array]:
     """Return out (B, H, N, E) in the dtype of q, or in acc if it is summed; and lse (B, H, N)."""
+    if hopper.refuses(problem) is None:
+        return hopper.forward(problem)
     p, call = problem, Call(problem)
     device, acc = call.device, np.dtype(call.sums)
     wide = "out" in p.summed
@@ -305,6 +311,9 @@ def backward_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
 
 def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
     """Return the gradients by argument; lse and delta (B, H, N) are those of the merged result."""
+    lse, delta = (contiguous(as_sums(x, dtype_name(problem.q))) for x in (lse, delta))
+    if hopper.refuses(problem) is None:
+        return hopper.backward(problem, dout, lse, delta)
     p, call = problem, Call(problem)
     device, acc = call.device, np.dtype(call.sums)
     found = {name: roomy(device, getattr(p, name).shape, acc if name in p.summed else p.q.dtype)
@@ -315,7 +324,6 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
         return found | {"scale": device.zeros((call.heads,), acc)} | gradients_of_terms(
             call, dout, lse, delta)
     dout = readable(device, dout)
-    lse, delta = (contiguous(as_sums(x, call.name)) for x in (lse, delta))
     launch_keys(call, found, dout, lse, delta)
     found["scale"] = launch_queries(call, found, dout, lse, delta)
     return found | gradients_of_terms(call, dout, lse, delta)
@@ -429,6 +437,7 @@ def terms_tiling(name: str, d: int, e: int, shared: int) -> Tiling | None:
 
 
 def terms_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
+    """Return the bytes of shared memory that the kernel of the terms' gradients needs."""
     panels = sum(-(-width * item_bytes(name) // 128) * 128 for width in (d, e))
     return (tiling.rows + tiling.load) * panels
 
@@ -566,6 +575,7 @@ def delta(dout: Array, out: Array, lse: Array, dlse: Array | None) -> Array:
 
 
 def contiguous(x: Array) -> Array:
+    """Return `x`, or a copy if its numbers do not lie side by side."""
     return x if x.flags.c_contiguous else x.copy()
 
 

@@ -6,9 +6,10 @@ numbers, at the same places within 64 x 64 tiles, is one owner's:
     bias (B, H, N, M)   a tile             bias (B, H, 1, M)   a column of tiles
     bias (B, H, N, 1)   a row of tiles     offsets (H, W)      a diagonal of tiles
 
-and so through all batch items and heads that share the numbers. The kernel adds an owner's tiles up,
-in pieces so that all of a GPU has work, and leaves 64 x 64 sums for each piece; these are then added
-along rows, columns or diagonals, and put where they belong, in an order that is always the same.
+and so through all batch items and heads that share the numbers. The kernel adds an owner's tiles
+up, in pieces so that all of a GPU has work, and leaves 64 x 64 sums for each piece; these are then
+added along rows, columns or diagonals, and put where they belong, in an order that is always the
+same.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Pieces(NamedTuple):
 def divide(blocks: Any, layout: np.ndarray, labels: np.ndarray, key_of: Any, wanted: int) -> Pieces:
     """Divide work among owners, and these among pieces, of which `wanted` are to be had.
 
-    `labels` (B, H) tells which pairs share numbers, ``key_of(query tile, key tile)`` which tiles do.
+    `labels` (B, H) tells which pairs share numbers, ``key_of(query tile, key tile)`` which tiles.
     """
     order = np.lexsort((layout.ravel(), labels.ravel()))
     pairs = np.stack(np.divmod(order, layout.shape[1]), axis=1)
@@ -169,8 +170,9 @@ def of_array(add_up: AddUp, device: Any, p: Any, term: Any, block: int, of_gate:
             for length, tokens in zip(shape, (n, p.k.shape[2]), strict=True)]
     counts = [-(-max(1, -(-tokens // TILE)) // axis.tiles)
               for axis, tokens in zip(axes, (n, p.k.shape[2]), strict=True)]
-    labels = term.item.astype(np.int64)[:, None] * heads + (np.arange(all_heads) if heads > 1 else 0)
-    labels = np.broadcast_to(labels, (batch, all_heads))
+    own_rows = np.arange(all_heads) if heads > 1 else 0
+    labels = np.broadcast_to(term.item.astype(np.int64)[:, None] * heads + own_rows,
+                             (batch, all_heads))
 
     def key_of(query: np.ndarray, key: np.ndarray) -> np.ndarray:
         return query // axes[0].tiles * counts[1] + key // axes[1].tiles

@@ -637,6 +637,12 @@ static std::string run_blocks() {
             run_block();
         } catch (const Stop&) {
         }
+        for (const Thread& thread : threads) {
+            if (finding.empty() && Stacks::left(thread.stack)) {
+                finding = "the local variables of " + name_of(thread.index) + " take more than "
+                    + std::to_string(Stacks::BYTES) + " bytes";
+            }
+        }
         if (!finding.empty()) {
             return "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", "
                 + std::to_string(index.z) + "): " + finding;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <vector>
 
@@ -76,28 +77,46 @@ static __attribute__((naked, noinline, noipa)) void switch_fiber(Fiber& from, Fi
 
 #endif
 
-// Stacks are kept from launch to launch. The page below each one may not be touched.
+// Stacks are kept from launch to launch. Every kernel that a process has loaded keeps its own, so
+// they lie in few mappings, of which a system has no more than some ten thousand: the page below a
+// mapping may not be touched, and the lowest word of each stack tells whether it was left.
 class Stacks {
 public:
     static constexpr size_t BYTES = 256 << 10;
+    static constexpr size_t TOGETHER = 128;
 
     unsigned char* get(size_t index) {
         while (index >= stacks.size()) {
-            stacks.push_back(make());
+            make();
         }
-        return stacks[index];
+        unsigned char* stack = stacks[index];
+        word(stack) = UNTOUCHED;
+        return stack;
+    }
+
+    static bool left(unsigned char* stack) {
+        return word(stack) != UNTOUCHED;
     }
 
 private:
-    static unsigned char* make() {
+    static constexpr uint64_t UNTOUCHED = 0x5AFE57AC4B077011ull;
+
+    static uint64_t& word(unsigned char* stack) {
+        return *reinterpret_cast<uint64_t*>(stack);
+    }
+
+    void make() {
         const size_t page = sysconf(_SC_PAGESIZE);
-        void* memory = mmap(nullptr, page + BYTES, PROT_READ | PROT_WRITE,
+        void* memory = mmap(nullptr, page + TOGETHER * BYTES, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) {
+            fprintf(stderr, "the emulator has no memory for the stacks of its threads\n");
             abort();
         }
         mprotect(memory, page, PROT_NONE);
-        return static_cast<unsigned char*>(memory) + page;
+        for (size_t i = 0; i < TOGETHER; i++) {
+            stacks.push_back(static_cast<unsigned char*>(memory) + page + i * BYTES);
+        }
     }
 
     std::vector<unsigned char*> stacks;
