@@ -19,7 +19,7 @@ from pyattn import reference, testing
 from pyattn.checks import OptionError
 from pyattn.cli import check as check_command
 from pyattn.cli import main
-from pyattn.testing import installation
+from pyattn.testing import examples, installation, tasks
 from pyattn.testing.dump import DumpError
 from pyattn.testing.report import CaseResult
 
@@ -329,7 +329,7 @@ def a_task(function, status, message=""):
     comparison = testing.compare(exact * (1 if status == "ok" else 2), exact, exact)
     result = CaseResult("a case", "float64", status,
                         () if status == "skipped" else (comparison,), message=message)
-    return installation.Task(function, "cpu", "numpy", lambda: [result])
+    return tasks.Task(function, "cpu", "numpy", lambda: [result])
 
 
 def test_the_installation_is_told_in_a_table(monkeypatch, capsys, tmp_path):
@@ -356,7 +356,7 @@ def test_the_installation_is_told_in_a_table(monkeypatch, capsys, tmp_path):
 def test_a_task_that_breaks_does_not_hide_the_others():
     def broken():
         raise ZeroDivisionError("no")
-    found = installation.Task("f", "cpu", "numpy", broken).results()
+    found = tasks.Task("f", "cpu", "numpy", broken).results()
     assert found[0].status == "ERROR"
     assert found[0].message == "ZeroDivisionError: no"
 
@@ -369,9 +369,9 @@ def test_every_public_function_has_a_check():
     assert {*pyattn.VARIANTS, "merge"} <= listed
     unknown = [task.subject for task in installation.tasks() if task.library == "numpy"
                and task.function.startswith("layers.")
-               and task.function.removeprefix("layers.") not in installation._LAYERS]
+               and task.function.removeprefix("layers.") not in examples.LAYERS]
     assert unknown == []
-    known = {"attention", "cross_modal_attention", *installation._PATTERNS, *installation._VARIANTS}
+    known = {"attention", "cross_modal_attention", *examples.PATTERNS, *examples.VARIANTS}
     assert known == set(pyattn.VARIANTS)
 
 

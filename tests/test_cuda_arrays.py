@@ -20,7 +20,7 @@ from test_attention import judge
 
 import pyattn
 from pyattn import arrays, dispatch
-from pyattn.testing import installation
+from pyattn.testing import examples
 
 try:
     import cupy as real_cupy
@@ -81,10 +81,10 @@ def both_ways(operation, args, options):
 def calls():
     found = {}
     rng = np.random.default_rng(0)
-    for table, module in ((installation._VARIANTS, pyattn), (installation._LAYERS, pyattn.layers)):
+    for table, module in ((examples.VARIANTS, pyattn), (examples.LAYERS, pyattn.layers)):
         for name, make in table.items():
             found[name] = (getattr(module, name), *make(lambda *shape: rng.standard_normal(shape)))
-    for name, (options, allowed) in installation._PATTERNS.items():
+    for name, (options, allowed) in examples.PATTERNS.items():
         n = allowed.shape[-1]
         qkv = tuple(rng.standard_normal((2, heads, n, 8)) for heads in (4, 2, 2))
         found[name] = getattr(pyattn, name), qkv, options

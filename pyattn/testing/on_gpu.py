@@ -16,8 +16,9 @@ from pyattn.variants.attention import attention
 
 from .check import check
 from .compare import plain_dtype
-from .installation import _HARD, _LAYERS, _PATTERNS, _VARIANTS, Task
+from .examples import HARD, LAYERS, PATTERNS, VARIANTS
 from .report import FAILED, OK, SKIPPED, CaseResult
+from .tasks import Task
 
 To = Callable[[np.ndarray], Any]
 
@@ -42,11 +43,11 @@ def tasks_of(backend: str, library: str, to: To, thorough: bool = False) -> list
     found = [Task("attention", backend, library,
                   functools.partial(_attention, backend, to, thorough))]
     for name in pyattn.VARIANTS:
-        if name in _VARIANTS or name in _PATTERNS:
+        if name in VARIANTS or name in PATTERNS:
             found.append(Task(name, backend, library, functools.partial(_like_the_host, name, to)))
     if backend == "array_api":
         found += [Task(f"layers.{name}", backend, library,
-                       functools.partial(_like_the_host, name, to)) for name in _LAYERS]
+                       functools.partial(_like_the_host, name, to)) for name in LAYERS]
     return found
 
 
@@ -56,7 +57,7 @@ def _skipped(reason: str) -> list[CaseResult]:
 
 def _attention(backend: str, to: To, thorough: bool) -> list[CaseResult]:
     """Every dtype that the backend has, by the table of cases."""
-    cases = None if thorough else "quick" if backend == "cuda" else _HARD
+    cases = None if thorough else "quick" if backend == "cuda" else HARD
     # Numba has no bfloat16
     dtypes = [name for name in arrays.FLOATS if (backend, name) != ("numba_cuda", "bfloat16")]
     return list(check(attention, cases=cases, dtypes=dtypes, to=to).results)
@@ -86,11 +87,11 @@ def _like_the_host(name: str, to: To) -> list[CaseResult]:
 
 def _arguments(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     rng = np.random.default_rng(0)
-    if name in _PATTERNS:
-        options, allowed = _PATTERNS[name]
+    if name in PATTERNS:
+        options, allowed = PATTERNS[name]
         n = allowed.shape[-1]
         return tuple(rng.standard_normal((2, heads, n, 32)) for heads in (4, 2, 2)), dict(options)
-    calls = _VARIANTS if name in _VARIANTS else _LAYERS
+    calls = VARIANTS if name in VARIANTS else LAYERS
     return calls[name](lambda *shape: rng.standard_normal(shape))
 
 
