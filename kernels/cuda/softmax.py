@@ -488,6 +488,8 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
             yield found, ("sm_90",), "HMMA"
     for found in kernels("bfloat16", 192, 128, 0, SHARED["sm_80"]):
         yield found, ("sm_80",), "HMMA"
+    for name, file in itertools.product(ELEMENTS, ("softmax_delta", "softmax_join")):
+        yield simple_kernel(name, file), ("sm_80",), ""
 
 
 def kernels(name: str, d: int, e: int, terms: int, shared: int) -> Iterator[Kernel]:
