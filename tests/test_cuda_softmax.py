@@ -273,6 +273,13 @@ def test_a_device_with_little_shared_memory(emulated):
         judge(drawn, *run(drawn, "cuda"))
 
 
+def test_short_queries_of_wide_heads_do_not_fit_one_block(emulated):
+    """Blocks of 32 rows are what there is room for, and the heads of a group have 56 queries."""
+    emulated.shared_memory = 163 * 1024
+    drawn = BY_NAME["causal"].make(Shape((1,), 8, 1, 7, 40, 256, 16), np.float64)
+    judge(drawn, *run(drawn, "cuda"))
+
+
 def test_what_does_not_fit_is_told(emulated):
     q = np.ones((1, 4, 600), np.float32)
     with pyattn.use_backend("cuda"), pytest.raises(pyattn.BackendError, match="at most 512"):
