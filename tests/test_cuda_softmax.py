@@ -181,6 +181,17 @@ def test_poison_reaches_those_who_see_it_and_no_one_else(dtype):
                                        rtol=0, atol=atol, err_msg=told)
 
 
+def test_a_query_that_is_not_a_number_has_such_an_lse_where_keys_are_split(emulated):
+    emulated.multiprocessors = 64
+    drawn = BY_NAME["dense"].make(Shape((1,), 1, 1, 3, 700, 16, 16), np.float32)
+    drawn.arrays["q"][0, 0, 1] = np.nan
+    out, lse, *_, grads = run(drawn, "cuda")
+    assert "softmax_join" in [name for name, _ in emulated.launches]
+    assert np.isnan(lse[0, 0]).tolist() == [False, True, False]
+    assert np.isnan(out[0, 0]).all(-1).tolist() == [False, True, False]
+    assert np.isnan(grads.k).all()
+
+
 # what does not change a bit, and what moves between backends
 
 
@@ -271,6 +282,13 @@ def test_a_device_with_little_shared_memory(emulated):
     for dtype, width in ((BFLOAT16, 128), (np.float32, 128), (np.float64, 64)):
         drawn = BY_NAME["causal"].make(Shape((1,), 2, 1, 70, 66, width, width), np.dtype(dtype))
         judge(drawn, *run(drawn, "cuda"))
+
+
+def test_short_queries_of_wide_heads_do_not_fit_one_block(emulated):
+    """Blocks of 32 rows are what there is room for, and the heads of a group have 56 queries."""
+    emulated.shared_memory = 163 * 1024
+    drawn = BY_NAME["causal"].make(Shape((1,), 8, 1, 7, 40, 256, 16), np.float64)
+    judge(drawn, *run(drawn, "cuda"))
 
 
 def test_what_does_not_fit_is_told(emulated):

@@ -32,7 +32,7 @@ DEVICE Sum share_beside(Sum x, Sum y) {
 DEVICE Sum log_of_sum(Sum x, Sum y) {
     const Sum most = larger(x, y);
     if (most == -INFINITE)
-        return most;
+        return x + y;           // the larger of NaN and a number is the number
     return most + natural_logarithm(natural_power(x - most) + natural_power(y - most));
 }
 

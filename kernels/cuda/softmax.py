@@ -224,10 +224,12 @@ def forward(problem: Any) -> tuple[Array, Array]:
     if 0 in out.shape[:3]:
         return out, lse
 
-    packed = is_packed(call)
     chunk = chunk_of_values(call.name, call.e)
-    tiling = forward_tiling(call.name, rounded(call.d), chunk, call.terms, device.shared_memory,
-                            packed)
+    what = call.name, rounded(call.d), chunk, call.terms, device.shared_memory
+    tiling = forward_tiling(*what, packed=True)
+    packed = tiling is not None and is_packed(call, tiling.rows)
+    if not packed:
+        tiling = forward_tiling(*what)
     assert tiling is not None
     lines = call.groups if packed else call.heads * -(-call.n // tiling.rows)
     splits, tiles = divide(call, call.batch * lines)
@@ -512,11 +514,12 @@ def kernels(name: str, d: int, e: int, terms: int, shared: int) -> Iterator[Kern
         yield kernel(name, "softmax_backward_terms", tiling, d, e, terms)
 
 
-def is_packed(call: Call) -> bool:
-    """Whether all queries of a group's heads share a block: there are few, and one mask for all."""
+def is_packed(call: Call, rows: int) -> bool:
+    """Whether all queries of a group's heads share a block of `rows`, and have one mask."""
     share = call.heads // call.groups
     layout = call.p.layout.reshape(call.batch, call.groups, share)
-    return 1 < share and share * call.n <= TILE and bool((layout == layout[..., :1]).all())
+    few = share * call.n <= min(rows, TILE)
+    return 1 < share and few and bool((layout == layout[..., :1]).all())
 
 
 def divide(call: Call, blocks: int) -> tuple[int, int]:
