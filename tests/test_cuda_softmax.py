@@ -17,7 +17,7 @@ import oracle
 import pytest
 import test_attention as attention
 import test_gate_forms as gate_forms
-from pyattn.kernels.cuda import softmax
+from pyattn.kernels.cuda import softmax, tilings
 from table import BFLOAT16, CASES, EMPTY, SHAPES, Shape
 from test_attention import BY_NAME, judge, run
 
@@ -264,17 +264,17 @@ def test_tilings_fit(shared):
     """In every dtype and width there is a tiling, or it is said that there is none."""
     room = shared * 1024
     for name in NAMES:
-        for width in softmax.WIDTHS:
-            for terms in (0, softmax.ALL_TERMS):
-                chunk = softmax.chunk_of_values(name, width)
-                found = softmax.forward_tiling(name, width, chunk, terms, room)
+        for width in tilings.WIDTHS:
+            for terms in (0, tilings.ALL_TERMS):
+                chunk = tilings.chunk_of_values(name, width)
+                found = tilings.forward_tiling(name, width, chunk, terms, room)
                 if found is not None:
-                    assert softmax.forward_shared(name, found, width, chunk) <= room
+                    assert tilings.forward_shared(name, found, width, chunk) <= room
                     assert found.load % found.step == 0
-                parts = softmax.launches_of_keys(name, width, width, terms)
+                parts = tilings.launches_of_keys(name, width, width, terms)
                 assert sum(dk for dk, *_ in parts) == sum(dv for _, dv, *_ in parts) == width
-    assert softmax.forward_tiling("bfloat16", 256, 256, 0, room) is not None
-    assert softmax.forward_tiling("float32", 256, 256, 0, room) is not None
+    assert tilings.forward_tiling("bfloat16", 256, 256, 0, room) is not None
+    assert tilings.forward_tiling("float32", 256, 256, 0, room) is not None
 
 
 def test_a_device_with_little_shared_memory(emulated):

@@ -8,10 +8,8 @@ the kernels for Hopper take, on such a GPU, goes to these (hopper.py).
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +17,7 @@ from pyattn.arrays import Array, dtype_name
 
 from . import device as devices
 from . import hopper, term_gradients
-from .device import Kernel
 from .layout import (
-    ELEMENTS,
     OPERAND,
     TILE,
     Keeper,
@@ -36,32 +32,34 @@ from .layout import (
     sum_type,
     term,
 )
+from .tilings import (
+    ALL_TERMS,
+    BIAS,
+    DROPOUT,
+    GATE,
+    OFFSETS,
+    ROOM_OF_QUERIES,
+    SOFTCAP,
+    WIDTHS,
+    backward_shared,
+    backward_tiling,
+    chunk_of_values,
+    column_chunk,
+    fits,
+    forward_shared,
+    forward_tiling,
+    kernel,
+    launches_of_keys,
+    rounded,
+    simple_kernel,
+    terms_shared,
+    terms_tiling,
+)
 
 INDEXED = False
 
-WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)
-"""What widths are rounded up to."""
-
-SOFTCAP, BIAS, OFFSETS, GATE, DROPOUT = 1, 2, 4, 8, 16
-ALL_TERMS = 31
-
 SPLIT_TILES = 4
 """Tiles of keys that a split has at least."""
-
-
-class Tiling(NamedTuple):
-    """How a kernel divides its work; see the sources for what the numbers are."""
-
-    slices: int
-    warps: int
-    load: int
-    step: int
-    blocks: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of a block."""
-        return 16 * self.slices * self.warps
 
 
 def refuses(problem: Any) -> str | None:
@@ -77,24 +75,10 @@ def refuses(problem: Any) -> str | None:
     if max(d, e) > WIDTHS[-1]:
         return f"widths must be at most {WIDTHS[-1]}; q and k have {d}, v has {e}"
     name = dtype_name(p.q)
-    if (forward_tiling(name, rounded(d), chunk_of_values(name, e), ALL_TERMS,
-                       device.shared_memory) is None
-            or backward_tiling(name, rounded(d), rounded(e), 1, ALL_TERMS,
-                               device.shared_memory) is None
-            or terms_tiling(name, rounded(d), rounded(e), device.shared_memory) is None):
+    if not fits(name, rounded(d), rounded(e), device.shared_memory):
         return (f"a block of {name} with widths {d} and {e} does not fit the "
                 f"{device.shared_memory} bytes of shared memory that {device.name} has")
     return None
-
-
-def rounded(width: int) -> int:
-    """Return the width that kernels are built for."""
-    return next(known for known in WIDTHS if known >= width)
-
-
-def chunk_of_values(name: str, e: int) -> int:
-    """Return how many columns of v a launch does: sums of more do not fit the registers."""
-    return min(rounded(e), 128 if name == "float64" else 256)
 
 
 def terms_of(p: Any) -> int:
@@ -102,50 +86,6 @@ def terms_of(p: Any) -> int:
     return (SOFTCAP * (p.softcap is not None) + BIAS * (p.bias is not None)
             + OFFSETS * (p.offsets is not None) + GATE * (p.gate is not None)
             + DROPOUT * (p.dropout > 0))
-
-
-@functools.lru_cache(maxsize=256)
-def forward_tiling(name: str, d: int, e: int, terms: int, shared: int,
-                   packed: bool = False) -> Tiling | None:
-    """Return how the forward divides its work: the first tiling whose tiles fit shared memory."""
-    wide = max(d, e)
-    if name == "float64":
-        choices = [Tiling(1, 4, 32, 32 if wide <= 64 and not terms else 16, 1),
-                   Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
-    elif name == "float32":
-        choices = [Tiling(1, 4, 64, 32, 1), Tiling(1, 4, 32, 32, 1), Tiling(1, 2, 16, 16, 1)]
-    elif wide <= 64 and not terms and not packed:
-        choices = [Tiling(2, 4, 64, 64, 2)]
-    else:
-        choices = [Tiling(1, 4, 64, 64 if wide <= 128 and not terms else 32,
-                          2 if wide <= 128 else 1),
-                   Tiling(1, 4, 32, 32, 1), Tiling(1, 2, 32, 32, 1), Tiling(1, 2, 16, 16, 1)]
-    return next((x for x in choices if forward_shared(name, x, d, e) <= shared), None)
-
-
-def forward_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
-    """Return the bytes of shared memory that the forward needs."""
-    panels = [-(-width * item_bytes(name) // 128) * 128 for width in (d, e)]
-    return tiling.rows * panels[0] + 2 * tiling.load * sum(panels) + 8 * tiling.rows
-
-
-def item_bytes(name: str) -> int:
-    """Return the bytes of a number of a dtype."""
-    return {"float64": 8, "float32": 4}.get(name, 2)
-
-
-def kernel(name: str, file: str, tiling: Tiling, d: int, e: int, terms: int, **more: int) -> Kernel:
-    """Return a kernel of `file`, which has one function of the same name."""
-    macros = {"ELEMENT": ELEMENTS[name], "D": d, "E": e, "TERMS": terms, "SLICES": tiling.slices,
-              "WARPS": tiling.warps, "LOAD": tiling.load, "STEP": tiling.step,
-              "BLOCKS": tiling.blocks, "THREADS": 32 * tiling.warps, **more}
-    return Kernel(f"{file}.cu", file, tuple(macros.items()), 32 * tiling.warps)
-
-
-def simple_kernel(name: str, file: str) -> Kernel:
-    """Return a kernel that works on rows, a warp each."""
-    return Kernel(f"{file}.cu", file, (("ELEMENT", ELEMENTS[name]), ("THREADS", 128), ("TERMS", 0)),
-                  128)
 
 
 class Call(Keeper):
@@ -265,52 +205,6 @@ def forward(problem: Any) -> tuple[Array, Array]:
     return out, lse
 
 
-ROOM_OF_QUERIES = 192
-"""Columns of sums that the kernel of dq has room for, as it keeps two numbers for each row."""
-
-
-def sums_room(name: str, terms: int) -> int:
-    """Return how many columns of sums the registers of a backward have room for."""
-    if name == "float64":
-        return 64
-    if name == "float32":
-        return 64 if terms else 128
-    return 256
-
-
-def column_chunk(name: str, width: int, terms: int, most: int = 256) -> int:
-    """Return how many columns a launch sums: a part of the width that ends with a panel."""
-    panel = max(16, 128 // item_bytes(name))
-    width, room = rounded(width), min(most, sums_room(name, terms))
-    return next(width // parts for parts in range(1, width)
-                if width // parts <= room and width % parts == 0
-                and (parts == 1 or width // parts % panel == 0))
-
-
-@functools.lru_cache(maxsize=256)
-def backward_tiling(name: str, d: int, e: int, columns: int, terms: int,
-                    shared: int) -> Tiling | None:
-    """Return how a backward kernel divides its work, if it sums so many columns."""
-    if name == "float64":
-        choices = [Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
-    elif name == "float32":
-        choices = [Tiling(1, 4, 64, 16, 1), Tiling(1, 4, 32, 16, 1), Tiling(1, 4, 16, 16, 1),
-                   Tiling(1, 2, 16, 16, 1)]
-    else:
-        step = 16 if columns > 192 or (terms and columns > 128) else 32 if (
-            terms or columns > 128) else 64
-        choices = [Tiling(1, 4, 64, step, 2), Tiling(1, 4, 32, min(step, 32), 1),
-                   Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
-    return next((x for x in choices if backward_shared(name, x, d, e) <= shared), None)
-
-
-def backward_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
-    """Return the bytes of shared memory that a backward kernel needs."""
-    panels = sum(-(-width * item_bytes(name) // 128) * 128 for width in (d, e))
-    rows = 2 * 2 * tiling.load * (8 if name == "float64" else 4)
-    return (tiling.rows + 2 * tiling.load) * panels + rows + 8 * tiling.rows
-
-
 def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
     """Return the gradients by argument; lse and delta (B, H, N) are those of the merged result."""
     lse, delta = (contiguous(as_sums(x, dtype_name(problem.q))) for x in (lse, delta))
@@ -329,15 +223,6 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     launch_keys(call, found, dout, lse, delta)
     found["scale"] = launch_queries(call, found, dout, lse, delta)
     return found | gradients_of_terms(call, dout, lse, delta)
-
-
-def launches_of_keys(name: str, d: int, e: int, terms: int) -> list[tuple[int, int, int, int]]:
-    """Return for each launch the columns of dk and dv that it sums, and where these begin."""
-    if rounded(d) + rounded(e) <= sums_room(name, terms):
-        return [(rounded(d), rounded(e), 0, 0)]
-    dk, dv = column_chunk(name, d, terms), column_chunk(name, e, terms)
-    return [*((dk, 0, first, 0) for first in range(0, d, dk)),
-            *((0, dv, 0, first) for first in range(0, e, dv))]
 
 
 def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
@@ -431,19 +316,6 @@ def gradients_of_terms(call: Call, dout: Array, lse: Array, delta: Array) -> dic
     return found
 
 
-def terms_tiling(name: str, d: int, e: int, shared: int) -> Tiling | None:
-    """Return how the gradients of terms are divided."""
-    load = {"float64": 16, "float32": 32}.get(name, 64)
-    choices = [Tiling(1, 4, load, 16, 1), Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
-    return next((x for x in choices if terms_shared(name, x, d, e) <= shared), None)
-
-
-def terms_shared(name: str, tiling: Tiling, d: int, e: int) -> int:
-    """Return the bytes of shared memory that the kernel of the terms' gradients needs."""
-    panels = sum(-(-width * item_bytes(name) // 128) * 128 for width in (d, e))
-    return (tiling.rows + tiling.load) * panels
-
-
 def launch_terms(call: Call, pieces: term_gradients.Pieces, of_gate: bool, dout: Array, lse: Array,
                  delta: Array) -> Array:
     """Return the sums (P, 64, 64) of pieces."""
@@ -465,53 +337,6 @@ def launch_terms(call: Call, pieces: term_gradients.Pieces, of_gate: bool, dout:
                   (len(pieces.pieces), TILE // tiling.rows, 1), arguments,
                   terms_shared(call.name, tiling, d, e))
     return sums
-
-
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-"""Bytes of shared memory that a block may have, by architecture."""
-
-
-def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
-    """Yield kernels to be compiled and read: (kernel, architectures, an instruction it must have).
-
-    All dtypes, widths that a dtype's tilings differ for, no terms and all; of what lies between,
-    a few.
-    """
-    for name, widths in (("bfloat16", (32, 64, 128, 256)), ("float16", (64, 128)),
-                         ("float32", (64, 128)), ("float64", (64, 128))):
-        for width, terms, architecture in itertools.product(widths, (0, ALL_TERMS), SHARED):
-            if name != "bfloat16" and (architecture, terms) not in (("sm_80", 0),
-                                                                     ("sm_90", ALL_TERMS)):
-                continue
-            for found in kernels(name, width, width, terms, SHARED[architecture]):
-                yield found, (architecture,), "DMMA" if name == "float64" else "HMMA"
-    for terms in (SOFTCAP, BIAS, OFFSETS, GATE, DROPOUT):
-        for found in kernels("bfloat16", 128, 128, terms, SHARED["sm_90"]):
-            yield found, ("sm_90",), "HMMA"
-    for found in kernels("bfloat16", 192, 128, 0, SHARED["sm_80"]):
-        yield found, ("sm_80",), "HMMA"
-    for name, file in itertools.product(ELEMENTS, ("softmax_delta", "softmax_join")):
-        yield simple_kernel(name, file), ("sm_80",), ""
-
-
-def kernels(name: str, d: int, e: int, terms: int, shared: int) -> Iterator[Kernel]:
-    """Yield the kernels of forward and backward for some widths, as far as they are large."""
-    for packed in (False, True):
-        chunk = chunk_of_values(name, e)
-        tiling = forward_tiling(name, d, chunk, terms, shared, packed)
-        if tiling is not None and not (packed and terms):
-            yield kernel(name, "softmax_forward", tiling, d, chunk, terms, PACKED=int(packed))
-    for dk, dv, dk_from, dv_from in launches_of_keys(name, d, e, terms):
-        tiling = backward_tiling(name, d, e, dk + dv, terms, shared)
-        if tiling is not None and dk_from == dv_from == 0:
-            yield kernel(name, "softmax_backward_keys", tiling, d, e, terms, DK=dk, DV=dv)
-    chunk = column_chunk(name, d, terms, ROOM_OF_QUERIES)
-    tiling = backward_tiling(name, d, e, chunk, terms, shared)
-    if tiling is not None:
-        yield kernel(name, "softmax_backward_queries", tiling, d, e, terms, DQ=chunk)
-    tiling = terms_tiling(name, d, e, shared)
-    if tiling is not None and terms:
-        yield kernel(name, "softmax_backward_terms", tiling, d, e, terms)
 
 
 def is_packed(call: Call, rows: int) -> bool:
