@@ -9,13 +9,13 @@
 // Of each row a thread keeps the largest score so far and the sum of exp(score - largest), of its
 // own columns; four threads share a row and meet at the end. With PACKED the rows of a block are
 // all queries of all heads of a group, so that keys are read once for a group: for short queries.
-// If these are few the tiles of a line can be split among blocks; softmax_join.cu joins what they find.
+// If these are few the tiles of a line can be split among blocks; softmax_join.cu joins what they
+// find.
 #include "softmax.cuh"
 
 enum {
     ROWS = 16 * SLICES * WARPS,
     TILES_OF_ROWS = ROWS > TILE ? ROWS / TILE : 1,
-    LINES_OF_TILE = ROWS < TILE ? TILE / ROWS : 1,
     Q_SIZE = TileSize<ROWS, D>::SIZE,
     K_SIZE = TileSize<LOAD, D>::SIZE,
     V_SIZE = TileSize<LOAD, E>::SIZE
@@ -263,7 +263,8 @@ softmax_forward(const __grid_constant__ ForwardArguments a) {
         UNROLL
         for (int r = 0; r < TILES_OF_ROWS; r++)
             partial |= walk.at[r] != FULL;
-        const bool masked = partial || (HAS(BIAS) && p.scores.bias.at) || (HAS(GATE) && p.scores.gate.at);
+        const bool masked = partial || (HAS(BIAS) && p.scores.bias.at)
+            || (HAS(GATE) && p.scores.gate.at);
         from += LOAD;
         if (from >= min(columns, int(TILE))) {
             from = 0;
