@@ -182,15 +182,18 @@ def test_poison_reaches_those_who_see_it_and_no_one_else(dtype):
 
 
 @every_dtype
-def test_padded_queries_are_zeros_beside_values_that_are_not_finite(dtype):
+def test_padded_queries_have_zeros_beside_tokens_that_are_not_finite(dtype):
     """In tiles without a mask, where no one looks for such values."""
     drawn = BY_NAME["dense"].make(Shape((1,), 1, 1, 70, 128, 16, 16), np.dtype(dtype))
-    drawn.arrays["v"][0, 0, 3] = np.nan
-    for more in ({}, {"softcap": 2.0}):
+    for name, more in (("v", {}), ("v", {"softcap": 2.0}), ("k", {}), ("k", {"softcap": 2.0})):
+        arrays = drawn.arrays | {name: drawn.arrays[name].copy()}
+        arrays[name][0, 0, 3] = np.nan
         with pyattn.use_backend("cuda"):
-            out = pyattn.attention(**drawn.arrays, **more, q_lengths=58)
-        assert np.isnan(out[0, 0, :58]).all()
-        assert not out[0, 0, 58:].any()
+            out, saved = pyattn.attention.forward(**arrays, **more, q_lengths=58)
+            dq = saved.backward(np.ones_like(out)).q
+        for x in (out, dq):
+            assert np.isnan(x[0, 0, :58]).all()
+            assert not x[0, 0, 58:].any()
 
 
 @every_dtype
