@@ -119,6 +119,12 @@ class ndarray:
     def reshape(self, *shape):
         return ndarray(self._memory.reshape(*shape))
 
+    def transpose(self, *axes):
+        return ndarray(self._memory.transpose(*axes))
+
+    def sum(self, axis=None):
+        return wrapped(self._memory.sum(axis))
+
     def ravel(self):
         return ndarray(self._memory.ravel())
 

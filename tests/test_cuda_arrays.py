@@ -14,8 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import strict_cupy
+from emulator.build import compiler
+from emulator.device import EmulatedDevice
 from pyattn.kernels.cuda import device
-from table import CASES, Shape
+from table import BFLOAT16, CASES, Shape
 from test_attention import judge
 
 import pyattn
@@ -230,6 +232,65 @@ def test_functions_are_called_as_cupy_has_them(cupy):
             continue
         for count, keywords in ways:
             signature.bind(*[None] * count, **dict.fromkeys(keywords))
+
+
+# launch code of kernels
+
+
+class StrictDevice(EmulatedDevice):
+    """Executes kernels on the stand-in's arrays, and takes no others."""
+
+    generic = True
+
+    def empty(self, shape, dtype):
+        return strict_cupy.ndarray(super().empty(shape, dtype))
+
+    def zeros(self, shape, dtype):
+        return strict_cupy.ndarray(super().zeros(shape, dtype))
+
+    def full(self, shape, value, dtype):
+        return strict_cupy.ndarray(super().full(shape, value, dtype))
+
+    def constant(self, x):
+        assert type(x) is np.ndarray
+        return strict_cupy.ndarray(super().constant(x))
+
+    def address(self, array):
+        assert type(array) is strict_cupy.ndarray
+        return super().address(array._memory)
+
+
+@pytest.fixture
+def strict_device(cupy, monkeypatch):
+    if compiler() is None:
+        pytest.skip("a C++ compiler builds the kernels for the emulator; there is none")
+    emulator = StrictDevice()
+    monkeypatch.setitem(device._factories, "cupy", lambda array: emulator)
+    monkeypatch.setattr(device, "_missing", lambda number: None)
+    monkeypatch.setitem(dispatch.PREFERENCE, "cupy", ("cuda",))
+    return emulator
+
+
+@pytest.mark.parametrize("name", ["everything", "alibi_lengths", "bias_heads", "gate_keys", "sinks",
+                                  "segments_causal"])
+def test_softmax_kernels_meet_no_array_of_the_host(name, strict_device):
+    """And without waiting for the device."""
+    case = next(case for case in CASES if case.name == name)
+    for capability, shape, dtype in (((8, 0), Shape((2,), 4, 1, 70, 133, 5, 7), np.float32),
+                                     ((9, 0), Shape((1,), 2, 1, 130, 130, 64, 64), BFLOAT16)):
+        strict_device.capability = capability
+        drawn = case.make(shape, np.dtype(dtype))
+        arrays = on_device(drawn.arrays)
+        dout = np.random.default_rng(0).standard_normal(
+            (*shape.batch, shape.heads, shape.n, shape.e)).astype(dtype)
+        dout_there = on_device(dout)
+        before = dict(strict_cupy.synchronisations)
+        (out, lse), saved = pyattn.attention.forward(**arrays, **drawn.options, return_lse=True)
+        grads = saved.backward(dout_there)
+        assert strict_cupy.synchronisations == before
+        judge(drawn, on_host(out), on_host(lse), dout, None,
+              type(grads)(*(on_host(x) for x in grads)))
+    assert strict_device.launches
 
 
 # dispatch

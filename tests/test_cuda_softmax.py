@@ -181,6 +181,38 @@ def test_poison_reaches_those_who_see_it_and_no_one_else(dtype):
                                        rtol=0, atol=atol, err_msg=told)
 
 
+@every_dtype
+def test_padded_queries_have_zeros_beside_tokens_that_are_not_finite(dtype):
+    """In tiles without a mask, where no one looks for such values."""
+    drawn = BY_NAME["dense"].make(Shape((1,), 1, 1, 70, 128, 16, 16), np.dtype(dtype))
+    for name, more in (("v", {}), ("v", {"softcap": 2.0}), ("k", {}), ("k", {"softcap": 2.0})):
+        arrays = drawn.arrays | {name: drawn.arrays[name].copy()}
+        arrays[name][0, 0, 3] = np.nan
+        with pyattn.use_backend("cuda"):
+            out, saved = pyattn.attention.forward(**arrays, **more, q_lengths=58)
+            dq = saved.backward(np.ones_like(out)).q
+        for x in (out, dq):
+            assert np.isnan(x[0, 0, :58]).all()
+            assert not x[0, 0, 58:].any()
+
+
+@every_dtype
+def test_a_closed_gate_hides_what_is_not_finite_from_a_softcap(dtype):
+    drawn = BY_NAME["dense"].make(Shape((1,), 1, 1, 70, 70, 16, 16), np.dtype(dtype))
+    drawn.arrays["k"][0, 0, 5] = np.inf
+    hidden = np.ones(70, np.float32)
+    hidden[5] = 0
+    for term in ({"gate": hidden}, {"bias": np.log(hidden, out=np.full(70, -np.inf, np.float32),
+                                                   where=hidden > 0)}):
+        with pyattn.use_backend("cuda"):
+            out, saved = pyattn.attention.forward(**drawn.arrays, **term, softcap=2.0)
+            grads = saved.backward(out)
+        seen = np.arange(70) != 5
+        assert all(np.isfinite(x.astype("f4")).all()
+                   for x in (out, grads.q, grads.k[..., seen, :], grads.v))
+        assert not grads.k[..., 5, :].any()
+
+
 def test_a_query_that_is_not_a_number_has_such_an_lse_where_keys_are_split(emulated):
     emulated.multiprocessors = 64
     drawn = BY_NAME["dense"].make(Shape((1,), 1, 1, 3, 700, 16, 16), np.float32)

@@ -58,12 +58,12 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
 #if TERMS
     if (!allowed)
         return pair;
+    pair.seen = false;
     bool hidden = false;
-    const Sum score = score_of(s, query, key, product, scale, pair.slope, hidden);
-    if (hidden) {
-        pair.seen = false;
+    Sum slope;                  // of what is hidden it may be NaN
+    const Sum score = score_of(s, query, key, product, scale, slope, hidden);
+    if (hidden)
         return pair;
-    }
     Sum weight = power((score - shift) * TO_BASE);
     Sum keep = 1;
     if (HAS(DROPOUT) && s.threshold) {
@@ -77,12 +77,12 @@ DEVICE Pair pair_of(const Scores& s, const QueryOfTerms& query, int key, bool al
         bool rises;
         const Sum gate = gate_of(s, query, key, rises);
         pair.dgate = rises ? weight * pull : Sum(0);
-        if (gate == 0) {
-            pair.seen = false;
+        if (gate == 0)
             return pair;
-        }
         weight *= gate;
     }
+    pair.seen = true;
+    pair.slope = slope;
     pair.dscore = weight * pull;
     pair.weight = weight * keep;
 #else

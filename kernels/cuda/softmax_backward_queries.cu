@@ -195,7 +195,10 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
             for (int i = 0; i < DQ / 8; i++)
                 UNROLL
                 for (int e = 0; e < 2; e++) {
-                    const Sum x = dq[s][i][2 * h + e];
+                    Sum& x = dq[s][i][2 * h + e];
+                    // what a padded query has met is not looked at
+                    if (query >= queries)
+                        x = 0;
                     // a row that sees no key may hold anything
                     if (x != 0)
                         dscale = times_plus(x, number(load_shared<Stored>(place<ROWS>(

@@ -173,6 +173,11 @@ DEVICE void finish(const ForwardArguments& a, const Block& block, State& x, int 
                 share *= share_beside(lse, sink);
                 lse = log_of_sum(lse, sink);
             }
+            // what a padded query has met is not looked at
+            if (!row.live)
+                UNROLL
+                for (int i = 0; i < E / 8; i++)
+                    x.sums[s][i][2 * h] = x.sums[s][i][2 * h + 1] = 0;
             if (pair_of_lane() == 0)
                 a.lse[apart + place] = lse;
             if (a.wide_out)
