@@ -170,7 +170,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block may have, by architecture."""
 
 
-def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
+def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | None]]:
     """Yield kernels to be compiled and read: (kernel, architectures, an instruction it must have).
 
     All dtypes, widths that a dtype's tilings differ for, no terms and all; of what lies between,
@@ -190,7 +190,7 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
     for found in kernels("bfloat16", 192, 128, 0, SHARED["sm_80"]):
         yield found, ("sm_80",), "HMMA"
     for name, file in itertools.product(ELEMENTS, ("softmax_delta", "softmax_join")):
-        yield simple_kernel(name, file), ("sm_80",), ""
+        yield simple_kernel(name, file), ("sm_80",), None
 
 
 def kernels(name: str, d: int, e: int, terms: int, shared: int) -> Iterator[Kernel]:
