@@ -1,0 +1,254 @@
+// selected_forward.cu -- softmax over the blocks of keys that each token lists, forward.
+//
+// A block owns a bundle of tokens, with all heads of a group (selected_bundle.cuh). Keys and values
+// come by cp.async, LOAD at a time, while those before are worked on:
+//
+//     keys    ->  [LOAD][LOAD]...     scores (16 x STEP)  = q k^T       in registers
+//     bundle  [ROWS]                  sums   (16 x E)    += weights v   in registers
+//
+// Each warp has its own largest scores and totals, of its own columns; in the end they meet.
+#include "selected_bundle.cuh"
+
+enum {
+    Q_SIZE = TileSize<ROWS, D>::SIZE,
+    K_SIZE = TileSize<LOAD, D>::SIZE,
+    V_SIZE = TileSize<LOAD, E>::SIZE
+};
+
+struct ForwardArguments {
+    Problem problem;
+    Bundles bundles;
+    Operand out;
+    Sum* lse;               // (batch, heads, n)
+};
+
+// What a thread keeps of its two rows while the warp walks the keys.
+struct State {
+    Sum sums[1][E / 8][4];
+    Sum largest[2];
+    Sum total[2];           // of the thread's columns
+};
+
+// Scores of row h become weights; sums and totals shrink where the row's largest score has grown.
+DEVICE void weigh(Sum (&scores)[STEP / 8][4], State& x, int h) {
+    const Sum before = x.largest[h];
+    Sum largest = before;
+    UNROLL
+    for (int i = 0; i < STEP / 8; i++)
+        largest = larger(largest, larger(scores[i][2 * h], scores[i][2 * h + 1]));
+    largest = larger(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = larger(largest, __shfl_xor_sync(~0u, largest, 2));
+    x.largest[h] = largest;
+    const Sum base = largest == -INFINITE ? Sum(0) : largest;
+    const Sum decay = before == -INFINITE ? Sum(0) : power((before - base) * TO_BASE);
+    UNROLL
+    for (int i = 0; i < E / 8; i++) {
+        x.sums[0][i][2 * h] *= decay;
+        x.sums[0][i][2 * h + 1] *= decay;
+    }
+    Sum total = 0;
+    UNROLL
+    for (int i = 0; i < STEP / 8; i++)
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+            Sum& weight = scores[i][2 * h + e];
+            weight = power((weight - base) * TO_BASE);
+            total += weight;
+        }
+    x.total[h] = x.total[h] * decay + total;
+}
+
+// Joins what the warps of the same rows have, in the first of them. `rows` has room for two numbers
+// for each row of each warp.
+DEVICE void meet(State& x, u32 rows, u32 space) {
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        x.total[h] += __shfl_xor_sync(~0u, x.total[h], 1);
+        x.total[h] += __shfl_xor_sync(~0u, x.total[h], 2);
+    }
+    if (COLUMN_WARPS == 1)
+        return;
+    const auto place_of = [&](int share, int h, int what) {
+        const int row = share * ROWS + own_row() + 8 * h + row_of_lane();
+        return rows + (row * 2 + what) * sizeof(Sum);
+    };
+    UNROLL
+    for (int h = 0; h < 2; h++)
+        if (pair_of_lane() == 0)
+            store_shared(place_of(own_share(), h, 0), x.largest[h]);
+    __syncthreads();
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        Sum largest = -INFINITE;
+        UNROLL
+        for (int share = 0; share < COLUMN_WARPS; share++)
+            largest = larger(largest, load_shared<Sum>(place_of(share, h, 0)));
+        const bool none = x.largest[h] == -INFINITE;
+        const Sum decay = none ? Sum(0) : power((x.largest[h] - largest) * TO_BASE);
+        UNROLL
+        for (int i = 0; i < E / 8; i++) {
+            x.sums[0][i][2 * h] *= decay;
+            x.sums[0][i][2 * h + 1] *= decay;
+        }
+        x.total[h] *= decay;
+        x.largest[h] = largest;
+        if (pair_of_lane() == 0)
+            store_shared(place_of(own_share(), h, 1), x.total[h]);
+    }
+    join(x.sums, space);
+    UNROLL
+    for (int h = 0; h < 2; h++)
+        for (int share = 1; share < COLUMN_WARPS; share++)
+            x.total[h] += load_shared<Sum>(place_of(share, h, 1));
+}
+
+// Divides by the totals, and writes out and lse.
+DEVICE void finish(const ForwardArguments& a, const Bundle& bundle, const Row (&rows)[2],
+                   State& x) {
+    const Problem& p = a.problem;
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        const Row& row = rows[h];
+        if (row.token >= p.n)
+            continue;
+        const bool seen = row.seen > 0 && x.total[h] != 0;
+        if (!seen)
+            // it may have met what is not finite
+            UNROLL
+            for (int i = 0; i < E / 8; i++)
+                x.sums[0][i][2 * h] = x.sums[0][i][2 * h + 1] = 0;
+        if (pair_of_lane() == 0)
+            a.lse[(i64(bundle.batch) * p.heads + row.head) * p.n + row.token]
+                = seen ? x.largest[h] + natural_logarithm(x.total[h]) : -INFINITE;
+        store_row(a.out.head(bundle.batch, row.head) + row.token * a.out.n, x.sums[0], 2 * h,
+                  seen ? 1 / x.total[h] : Sum(0), p.e);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+selected_forward(const __grid_constant__ ForwardArguments a) {
+    const Problem& p = a.problem;
+    Bundle bundle;
+    bundle.begin(p, a.bundles);
+
+    const u32 q_tile = shared_base();
+    const u32 k_tiles = q_tile + Q_SIZE;
+    const u32 v_tiles = k_tiles + 2 * K_SIZE;
+    const u32 notes = v_tiles + 2 * V_SIZE;
+    const u32 of_rows = notes + NOTES * NOTE_SIZE;
+    const u32 words = of_rows + warp_number() * 16 * 8;     // for nonfinite.cuh
+    const Stored* k = p.k.head(bundle.batch, bundle.group);
+    const Stored* v = p.v.head(bundle.batch, bundle.group);
+
+    State x;
+    clear(x.sums);
+    Row rows[2];
+    Sum scale[2];
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        x.largest[h] = -INFINITE;
+        x.total[h] = 0;
+        rows[h] = bundle.row(p, own_row() + 8 * h + row_of_lane());
+        scale[h] = p.scale[rows[h].head];
+    }
+
+    load_tile<ROWS, D>(q_tile, p.d, [&](int place) -> const Stored* {
+        const Row row = bundle.row(p, place);
+        return row.seen > 0 ? p.q.head(bundle.batch, row.head) + row.token * p.q.n : 0;
+    });
+    if (ELEMENT == F32)
+        commit_copies();
+
+    auto load = [&](int number) {
+        const int slot = number & 1;
+        load_keys<D>(k_tiles + slot * K_SIZE, notes_of(notes, number), k, p.k.n, p.d);
+        load_keys<E>(v_tiles + slot * V_SIZE, notes_of(notes, number), v, p.v.n, p.e);
+    };
+    auto note = [&](int number, uint2 column) {
+        if (threadIdx.x < LOAD)
+            store_shared(notes_of(notes, number) + 8 * threadIdx.x, column);
+    };
+    note(0, bundle.column(p, 0, threadIdx.x));
+    note(1, bundle.column(p, 1, threadIdx.x));
+    __syncthreads();
+    if (bundle.loads > 0)
+        load(0);
+    commit_copies();
+    bool bad_queries = false;
+    if (ELEMENT == F32) {
+        wait_copies<1>();
+        bad_queries = any_bad<ROWS, D>(q_tile);
+    }
+
+    for (int number = 0; number < bundle.loads; number++) {
+        // looked up early, noted late: it takes its time
+        const uint2 later = bundle.column(p, number + 2, threadIdx.x);
+        if (number + 1 < bundle.loads)
+            load(number + 1);
+        commit_copies();
+        wait_copies<1>();
+
+        const u32 noted = notes_of(notes, number);
+        const u32 k_tile = k_tiles + (number & 1) * K_SIZE;
+        const u32 v_tile = v_tiles + (number & 1) * V_SIZE;
+        const bool masked = any_hidden(bundle, noted);
+        bool bad = false;
+        if (ELEMENT == F32)
+            bad = __syncthreads_or(bad_queries | any_bad<LOAD, D>(k_tile)
+                                   | any_bad<LOAD, E>(v_tile));
+        else if (masked)
+            bad = __syncthreads_or(any_bad<LOAD, E>(v_tile));
+        else
+            __syncthreads();
+
+        _Pragma("unroll 1")
+        for (int step = 0; step < SHARE; step += STEP) {
+            const int column = own_share() * SHARE + step;
+            Sum scores[1][STEP / 8][4];
+            Weights<STEP / 8> weights[1];
+            RowBits<STEP> bits[2];
+            // scores = q k^T
+            clear(scores);
+            if (ELEMENT == F32 && bad)
+                multiply_numbers<ROWS, LOAD, D>(scores, q_tile, own_row(), k_tile, column);
+            else
+                multiply_transposed<ROWS, LOAD, D>(scores, q_tile, own_row(), k_tile, column);
+            if (masked || bad)
+                find_seen(bits, rows, noted, column);
+            UNROLL
+            for (int h = 0; h < 2; h++) {
+                UNROLL
+                for (int i = 0; i < STEP / 8; i++)
+                    UNROLL
+                    for (int e = 0; e < 2; e++) {
+                        Sum slope;
+                        Sum& score = scores[0][i][2 * h + e];
+                        score = score_of(p, score, scale[h], slope);
+                        if ((masked || bad) && !bits[h].get(i, e))
+                            score = -INFINITE;
+                    }
+                weigh(scores[0], x, h);
+            }
+            hold(weights[0], scores[0]);
+            if (bad) {
+                // see nonfinite.cuh
+                UNROLL
+                for (int h = 0; h < 2; h++)
+                    bits[h].share(words + 8 * (8 * h + row_of_lane()));
+                __syncwarp();
+                add_bad<LOAD, E>(x.sums, v_tile, column, STEP, words, false);
+                __syncthreads();
+                clean_step<E>(v_tile, step);
+                __syncthreads();
+            }
+            // sums += weights v
+            multiply_weights<LOAD, E>(x.sums, weights, v_tile, column);
+        }
+        note(number + 2, later);
+        __syncthreads();            // the next load overwrites what was just read
+    }
+    wait_copies<0>();
+    meet(x, of_rows, k_tiles);
+    if (own_share() == 0)
+        finish(a, bundle, rows, x);
+}
