@@ -63,7 +63,7 @@ def test_blocks_of_any_size(block_size, dtype):
 
 @pytest.mark.gate
 @every_dtype
-@pytest.mark.parametrize("block_size", [1, 7, 16, 32, 48, 65, 96, 128, 1000])
+@pytest.mark.parametrize("block_size", [7, 32, 48, 65, 128])
 def test_all_sizes_of_blocks(block_size, dtype):
     rules.test_blocks_of_any_size(block_size, "cuda", dtype)
 
@@ -85,16 +85,16 @@ def test_lengths_and_softcap(options):
 
 
 @pytest.mark.gate
-@every_dtype
-@pytest.mark.parametrize(("width", "heads"), [(40, 16), (64, 2), (100, 32), (128, 16), (192, 64),
-                                              (256, 16)], ids=str)
-def test_kernels_as_gpus_get_them(width, heads, dtype, device):
+@pytest.mark.parametrize(("dtype", "width", "heads"), [
+    (np.float16, 64, 2), (BFLOAT16, 128, 16), (BFLOAT16, 192, 64), (BFLOAT16, 256, 16),
+    (np.float32, 64, 2), (np.float32, 128, 16), (np.float64, 40, 32), (np.float64, 128, 16)],
+    ids=str)
+def test_kernels_as_gpus_get_them(dtype, width, heads, device):
     device.generic = False
-    shape = Shape((1,), heads, 1, 20, 150, width, min(width, 128))
-    for softcap in (None, 2.0):
-        for block_size in (16, 32, 64):
-            judge(draw(shape, dtype), lists(shape, block_size), "cuda", block_size=block_size,
-                  softcap=softcap, causal=True)
+    shape = Shape((1,), heads, 1, 9, 150, width, min(width, 128))
+    for block_size, softcap in ((16, None), (64, 2.0)):
+        judge(draw(shape, dtype), lists(shape, block_size), "cuda", block_size=block_size,
+              softcap=softcap, causal=True)
 
 
 @pytest.mark.gate

@@ -24,6 +24,12 @@
 #define HALF 0
 #endif
 
+// Whether fp32 products are summed apart before they join long sums: the hardware cuts sums off
+// instead of rounding them, always to the same side, which shows after hundreds of steps.
+#ifndef LONG_SUMS
+#define LONG_SUMS 0
+#endif
+
 #if ELEMENT == F64
 typedef double Stored;
 typedef double Sum;
@@ -242,13 +248,23 @@ DEVICE void split(u32& a, u32& b, u32& c, float low, float high) {
 }
 
 DEVICE void multiply(float (&c)[4], const A& a, const B& b) {
+#if LONG_SUMS
+    float sums[4] = {0, 0, 0, 0};
+#else
+    float (&sums)[4] = c;
+#endif
     // all but the product of the smallest parts, which is 2^-32 of the whole; the small ones first
     UNROLL
     for (int order = HALF ? 1 : 3; order >= 0; order--)
         UNROLL
         for (int i = 0; i < 3; i++)
             if (order - i >= 0 && order - i < 3)
-                mma_bf16(c, a.x[i], b.x[order - i][0], b.x[order - i][1]);
+                mma_bf16(sums, a.x[i], b.x[order - i][0], b.x[order - i][1]);
+#if LONG_SUMS
+    UNROLL
+    for (int x = 0; x < 4; x++)
+        c[x] += sums[x];
+#endif
 }
 
 template<int ROWS> DEVICE u32 place_of_a(u32 tile, int row) {

@@ -48,8 +48,11 @@ __all__ = ["backward", "configurations", "delta", "forward", "refuses"]
 SLICE = 16
 """Rows of a warp."""
 
-PIECE_COLUMNS = 4096
-"""Rows of q, at least, that a piece of those that list a block of keys has, if they are divided."""
+PIECE_COLUMNS = 1024
+"""Rows of q, at least, that a piece of those that list a block of keys has, if they are divided.
+
+One after the other, many more would cost fp32 sums digits.
+"""
 
 PIECES = 8
 """Pieces for each multiprocessor that are wanted, if the lists are long."""

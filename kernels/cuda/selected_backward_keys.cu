@@ -15,6 +15,7 @@
 //
 // A launch sums DK columns of dk and DV of dv, or none of one of them, where registers have no room
 // for all.
+#define LONG_SUMS 1
 #include "selected.cuh"
 
 enum {
