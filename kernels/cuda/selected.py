@@ -30,14 +30,13 @@ from .layout import (
     struct,
     sum_type,
 )
-from .softmax import (
+from .softmax import contiguous, delta
+from .tilings import (
     ROOM_OF_QUERIES,
     SHARED,
     WIDTHS,
     chunk_of_values,
     column_chunk,
-    contiguous,
-    delta,
     item_bytes,
     launches_of_keys,
     rounded,
