@@ -10,9 +10,7 @@
 
 enum {
     Q_SIZE = TileSize<ROWS, D>::SIZE,
-    DOUT_SIZE = TileSize<ROWS, E>::SIZE,
-    K_SIZE = TileSize<LOAD, D>::SIZE,
-    V_SIZE = TileSize<LOAD, E>::SIZE
+    DOUT_SIZE = TileSize<ROWS, E>::SIZE
 };
 
 struct QueriesArguments {
@@ -32,13 +30,9 @@ selected_backward_queries(const __grid_constant__ QueriesArguments a) {
 
     const u32 q_tile = shared_base();
     const u32 dout_tile = q_tile + Q_SIZE;
-    const u32 k_tiles = dout_tile + DOUT_SIZE;
-    const u32 v_tiles = k_tiles + 2 * K_SIZE;
-    const u32 notes = v_tiles + 2 * V_SIZE;
-    const u32 words = notes + NOTES * NOTE_SIZE + warp_number() * 16 * 8;   // for nonfinite.cuh
+    const Keys keys(p, bundle, dout_tile + DOUT_SIZE);
+    const u32 words = keys.end() + warp_number() * 16 * 8;    // for nonfinite.cuh
     const u32 dq_panel = a.dq_from / PANEL * LOAD * 128;
-    const Stored* k = p.k.head(bundle.batch, bundle.group);
-    const Stored* v = p.v.head(bundle.batch, bundle.group);
 
     Sum dq[1][DQ / 8][4];
     Row rows[2];
@@ -64,21 +58,7 @@ selected_backward_queries(const __grid_constant__ QueriesArguments a) {
     if (ELEMENT == F32)
         commit_copies();
 
-    auto load = [&](int number) {
-        const int slot = number & 1;
-        load_keys<D>(k_tiles + slot * K_SIZE, notes_of(notes, number), k, p.k.n, p.d);
-        load_keys<E>(v_tiles + slot * V_SIZE, notes_of(notes, number), v, p.v.n, p.e);
-    };
-    auto note = [&](int number, uint2 column) {
-        if (threadIdx.x < LOAD)
-            store_shared(notes_of(notes, number) + 8 * threadIdx.x, column);
-    };
-    note(0, bundle.column(p, 0, threadIdx.x));
-    note(1, bundle.column(p, 1, threadIdx.x));
-    __syncthreads();
-    if (bundle.loads > 0)
-        load(0);
-    commit_copies();
+    keys.begin(p, bundle);
     bool bad_queries = false;
     if (ELEMENT == F32) {
         wait_copies<1>();
@@ -88,14 +68,12 @@ selected_backward_queries(const __grid_constant__ QueriesArguments a) {
     for (int number = 0; number < bundle.loads; number++) {
         // looked up early, noted late: it takes its time
         const uint2 later = bundle.column(p, number + 2, threadIdx.x);
-        if (number + 1 < bundle.loads)
-            load(number + 1);
-        commit_copies();
+        keys.copy(p, bundle, number + 1);
         wait_copies<1>();
 
-        const u32 noted = notes_of(notes, number);
-        const u32 k_tile = k_tiles + (number & 1) * K_SIZE;
-        const u32 v_tile = v_tiles + (number & 1) * V_SIZE;
+        const u32 noted = notes_of(keys.notes, number);
+        const u32 k_tile = keys.k_tile(number);
+        const u32 v_tile = keys.v_tile(number);
         const bool masked = any_hidden(bundle, noted);
         bool bad = false;
         if (ELEMENT == F32)
@@ -154,11 +132,11 @@ selected_backward_queries(const __grid_constant__ QueriesArguments a) {
             // dq += dscores k
             multiply_weights<LOAD, DQ>(dq, dscores, k_tile + dq_panel, column);
         }
-        note(number + 2, later);
+        keys.note(number + 2, later);
         __syncthreads();            // the next load overwrites what was just read
     }
     wait_copies<0>();
-    join(dq, k_tiles);
+    join(dq, keys.k_tiles);
     if (own_share() > 0)
         return;
     UNROLL

@@ -103,6 +103,53 @@ DEVICE void load_keys(u32 tile, u32 noted, const Stored* head, i64 stride, int w
     });
 }
 
+// Keys and values of a bundle on their way: columns are looked up two loads ahead, and their rows
+// are copied one load ahead, of those in use.
+struct Keys {
+    enum { K_SIZE = TileSize<LOAD, D>::SIZE, V_SIZE = TileSize<LOAD, E>::SIZE };
+    const Stored* k;
+    const Stored* v;
+    u32 k_tiles, v_tiles, notes;
+
+    __device__ __forceinline__ Keys(const Problem& p, const Bundle& bundle, u32 space)
+        : k(p.k.head(bundle.batch, bundle.group)), v(p.v.head(bundle.batch, bundle.group)),
+          k_tiles(space), v_tiles(k_tiles + 2 * K_SIZE), notes(v_tiles + 2 * V_SIZE) {}
+
+    __device__ __forceinline__ u32 k_tile(int number) const {
+        return k_tiles + (number & 1) * K_SIZE;
+    }
+
+    __device__ __forceinline__ u32 v_tile(int number) const {
+        return v_tiles + (number & 1) * V_SIZE;
+    }
+
+    // The first byte behind.
+    __device__ __forceinline__ u32 end() const {
+        return notes + NOTES * NOTE_SIZE;
+    }
+
+    __device__ __forceinline__ void note(int number, uint2 column) const {
+        if (threadIdx.x < LOAD)
+            store_shared(notes_of(notes, number) + 8 * threadIdx.x, column);
+    }
+
+    // Has a load copied, if there is such a one: a group of copies of its own.
+    __device__ __forceinline__ void copy(const Problem& p, const Bundle& bundle, int number) const {
+        if (number < bundle.loads) {
+            load_keys<D>(k_tile(number), notes_of(notes, number), k, p.k.n, p.d);
+            load_keys<E>(v_tile(number), notes_of(notes, number), v, p.v.n, p.e);
+        }
+        commit_copies();
+    }
+
+    __device__ __forceinline__ void begin(const Problem& p, const Bundle& bundle) const {
+        note(0, bundle.column(p, 0, threadIdx.x));
+        note(1, bundle.column(p, 1, threadIdx.x));
+        __syncthreads();
+        copy(p, bundle, 0);
+    }
+};
+
 // Whether some token may not see some column of a load.
 DEVICE bool any_hidden(const Bundle& bundle, u32 noted) {
     bool found = false;

@@ -10,9 +10,7 @@
 #include "selected_bundle.cuh"
 
 enum {
-    Q_SIZE = TileSize<ROWS, D>::SIZE,
-    K_SIZE = TileSize<LOAD, D>::SIZE,
-    V_SIZE = TileSize<LOAD, E>::SIZE
+    Q_SIZE = TileSize<ROWS, D>::SIZE
 };
 
 struct ForwardArguments {
@@ -132,13 +130,9 @@ selected_forward(const __grid_constant__ ForwardArguments a) {
     bundle.begin(p, a.bundles);
 
     const u32 q_tile = shared_base();
-    const u32 k_tiles = q_tile + Q_SIZE;
-    const u32 v_tiles = k_tiles + 2 * K_SIZE;
-    const u32 notes = v_tiles + 2 * V_SIZE;
-    const u32 of_rows = notes + NOTES * NOTE_SIZE;
+    const Keys keys(p, bundle, q_tile + Q_SIZE);
+    const u32 of_rows = keys.end();
     const u32 words = of_rows + warp_number() * 16 * 8;     // for nonfinite.cuh
-    const Stored* k = p.k.head(bundle.batch, bundle.group);
-    const Stored* v = p.v.head(bundle.batch, bundle.group);
 
     State x;
     clear(x.sums);
@@ -159,21 +153,7 @@ selected_forward(const __grid_constant__ ForwardArguments a) {
     if (ELEMENT == F32)
         commit_copies();
 
-    auto load = [&](int number) {
-        const int slot = number & 1;
-        load_keys<D>(k_tiles + slot * K_SIZE, notes_of(notes, number), k, p.k.n, p.d);
-        load_keys<E>(v_tiles + slot * V_SIZE, notes_of(notes, number), v, p.v.n, p.e);
-    };
-    auto note = [&](int number, uint2 column) {
-        if (threadIdx.x < LOAD)
-            store_shared(notes_of(notes, number) + 8 * threadIdx.x, column);
-    };
-    note(0, bundle.column(p, 0, threadIdx.x));
-    note(1, bundle.column(p, 1, threadIdx.x));
-    __syncthreads();
-    if (bundle.loads > 0)
-        load(0);
-    commit_copies();
+    keys.begin(p, bundle);
     bool bad_queries = false;
     if (ELEMENT == F32) {
         wait_copies<1>();
@@ -183,14 +163,12 @@ selected_forward(const __grid_constant__ ForwardArguments a) {
     for (int number = 0; number < bundle.loads; number++) {
         // looked up early, noted late: it takes its time
         const uint2 later = bundle.column(p, number + 2, threadIdx.x);
-        if (number + 1 < bundle.loads)
-            load(number + 1);
-        commit_copies();
+        keys.copy(p, bundle, number + 1);
         wait_copies<1>();
 
-        const u32 noted = notes_of(notes, number);
-        const u32 k_tile = k_tiles + (number & 1) * K_SIZE;
-        const u32 v_tile = v_tiles + (number & 1) * V_SIZE;
+        const u32 noted = notes_of(keys.notes, number);
+        const u32 k_tile = keys.k_tile(number);
+        const u32 v_tile = keys.v_tile(number);
         const bool masked = any_hidden(bundle, noted);
         bool bad = false;
         if (ELEMENT == F32)
@@ -244,11 +222,11 @@ selected_forward(const __grid_constant__ ForwardArguments a) {
             // sums += weights v
             multiply_weights<LOAD, E>(x.sums, weights, v_tile, column);
         }
-        note(number + 2, later);
+        keys.note(number + 2, later);
         __syncthreads();            // the next load overwrites what was just read
     }
     wait_copies<0>();
-    meet(x, of_rows, k_tiles);
+    meet(x, of_rows, keys.k_tiles);
     if (own_share() == 0)
         finish(a, bundle, rows, x);
 }
