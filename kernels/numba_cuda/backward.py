@@ -37,6 +37,7 @@ from .tiles import (
     set_aside,
 )
 from .tiling import MASK_TILE, Tiling
+from .walk import name_of_tile, own_queries, runs
 
 
 @device
@@ -115,16 +116,9 @@ def by_queries(tiling: Tiling) -> Any:
         dbias = cuda.local.array(OWN_ROWS, NUMBER)
         dgate = cuda.local.array(OWN_ROWS, NUMBER)
 
-        heads, n = p.q.shape[1], p.q.shape[2]
-        tiles = (n + ROWS - 1) // ROWS
-        slices = (p.q.shape[3] + WIDTH - 1) // WIDTH
-        # the last tiles first: under a causal mask they take longest
-        unit = cuda.gridDim.x - 1 - cuda.blockIdx.x
-        i0 = unit % tiles * ROWS
-        offset = unit // tiles % slices * WIDTH
-        head = unit // (tiles * slices)
-        b, h = head // heads, head % heads
-        g = h // (heads // p.k.shape[1])
+        n = p.q.shape[2]
+        i0, offset, b, h = own_queries(p, p.q.shape[3], ROWS, WIDTH)
+        g = h // (p.q.shape[1] // p.k.shape[1])
         row, column = place(ACROSS)
         queries, keys = p.q_lengths[b], p.kv_lengths[b]
         layout, line = p.layout[b, h], i0 // MASK_TILE
@@ -135,16 +129,13 @@ def by_queries(tiling: Tiling) -> Any:
             dscale[a] = 0
             dbias[a] = 0
             dgate[a] = 0
-        last = p.rows.start[layout, line + 1] if i0 < queries else p.rows.start[layout, line]
-        for run in range(p.rows.start[layout, line], last):
-            names = p.rows.tile[run]
+        first, last = runs(p.rows, layout, line, i0 < queries)
+        for run in range(first, last):
             for step in range(p.rows.length[run] * (MASK_TILE // COLUMNS)):
                 j0 = p.rows.first[run] * MASK_TILE + step * COLUMNS
                 if j0 >= keys:
                     break
-                name = -1
-                if names >= 0:
-                    name = p.rows.names[names + step * COLUMNS // MASK_TILE]
+                name = name_of_tile(p.rows, run, step * COLUMNS // MASK_TILE)
 
                 products(total, p.q[b, h], p.k[b, g], rows.dout[b, h], p.v[b, g], i0, queries, j0,
                          keys, left, right, weights, row, column, DOWN, ACROSS)
@@ -243,17 +234,13 @@ def by_keys(tiling: Tiling) -> Any:
                 dbias[a] = 0
                 dgate[a] = 0
             layout = p.layout[b, h]
-            last = (p.columns.start[layout, line + 1] if j0 < keys
-                    else p.columns.start[layout, line])
-            for run in range(p.columns.start[layout, line], last):
-                names = p.columns.tile[run]
+            first, last = runs(p.columns, layout, line, j0 < keys)
+            for run in range(first, last):
                 for step in range(p.columns.length[run] * (MASK_TILE // COLUMNS)):
                     i0 = p.columns.first[run] * MASK_TILE + step * COLUMNS
                     if i0 >= queries:
                         break
-                    name = -1
-                    if names >= 0:
-                        name = p.columns.names[names + step * COLUMNS // MASK_TILE]
+                    name = name_of_tile(p.columns, run, step * COLUMNS // MASK_TILE)
 
                     products(total, p.k[b, g], p.q[b, h], p.v[b, g], rows.dout[b, h], j0, keys, i0,
                              queries, left, right, weights, row, column, DOWN, ACROSS)

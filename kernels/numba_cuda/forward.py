@@ -23,6 +23,7 @@ from .compile import cuda, device, exp, kernel, log
 from .pairs import NO_GATE, dropout_factor, gate_of, score, within
 from .tiles import add_scores, add_weighted, clear, place, put
 from .tiling import MASK_TILE, Tiling
+from .walk import name_of_tile, own_queries, runs
 
 
 @device
@@ -66,16 +67,9 @@ def forward(tiling: Tiling) -> Any:
         sums = cuda.local.array(OWN_ROWS, NUMBER)
         shrinks = cuda.local.array(OWN_ROWS, NUMBER)
 
-        heads, n = p.q.shape[1], p.q.shape[2]
-        tiles = (n + ROWS - 1) // ROWS
-        slices = (p.v.shape[3] + WIDTH - 1) // WIDTH
-        # the last tiles first: under a causal mask they take longest
-        unit = cuda.gridDim.x - 1 - cuda.blockIdx.x
-        i0 = unit % tiles * ROWS
-        offset = unit // tiles % slices * WIDTH
-        head = unit // (tiles * slices)
-        b, h = head // heads, head % heads
-        g = h // (heads // p.k.shape[1])
+        n = p.q.shape[2]
+        i0, offset, b, h = own_queries(p, p.v.shape[3], ROWS, WIDTH)
+        g = h // (p.q.shape[1] // p.k.shape[1])
         row, column = place(ACROSS)
         queries, keys = p.q_lengths[b], p.kv_lengths[b]
         layout, line = p.layout[b, h], i0 // MASK_TILE
@@ -85,17 +79,14 @@ def forward(tiling: Tiling) -> Any:
         for a in range(OWN_ROWS):
             tops[a] = -math.inf
             sums[a] = 0
-        last = p.rows.start[layout, line + 1] if i0 < queries else p.rows.start[layout, line]
-        for run in range(p.rows.start[layout, line], last):
-            names = p.rows.tile[run]
+        first, last = runs(p.rows, layout, line, i0 < queries)
+        for run in range(first, last):
             # the tiles of a run, each of them in parts of COLUMNS keys
             for step in range(p.rows.length[run] * (MASK_TILE // COLUMNS)):
                 j0 = p.rows.first[run] * MASK_TILE + step * COLUMNS
                 if j0 >= keys:
                     break
-                name = -1
-                if names >= 0:
-                    name = p.rows.names[names + step * COLUMNS // MASK_TILE]
+                name = name_of_tile(p.rows, run, step * COLUMNS // MASK_TILE)
 
                 clear(scores)
                 add_scores(scores, p.q[b, h], p.k[b, g], i0, queries, j0, keys, left, right, row,

@@ -28,21 +28,10 @@ from .compile import cuda, device, kernel
 from .pairs import NOWHERE, column_of, distance, pair_gradient, within
 from .tiles import aside, clear, place, put
 from .tiling import MASK_TILE, Tiling
+from .walk import name_at, name_of_tile, runs
 
 THREADS = 128
 """Of the blocks that only add up."""
-
-
-@device
-def name_of(p, layout, i0, j0):
-    """Return the name of the tile at a place: -1 for a full one, NOWHERE if it is not visited."""
-    line, tile = i0 // MASK_TILE, j0 // MASK_TILE
-    name = NOWHERE
-    for run in range(p.rows.start[layout, line], p.rows.start[layout, line + 1]):
-        step = tile - p.rows.first[run]
-        if 0 <= step and step < p.rows.length[run]:
-            name = -1 if p.rows.tile[run] < 0 else p.rows.names[p.rows.tile[run] + step]
-    return name
 
 
 @device
@@ -102,7 +91,7 @@ def by_tiles(tiling: Tiling, *, of_gate: bool) -> Any:
                 for shared in range(heads // own_heads):
                     h = own_head + shared
                     g = h // (heads // p.k.shape[1])
-                    name = name_of(p, p.layout[b, h], i0, j0)
+                    name = name_at(p.rows, p.layout[b, h], i0 // MASK_TILE, j0 // MASK_TILE)
                     if name != NOWHERE:
                         products(total, p.q[b, h], p.k[b, g], rows.dout[b, h], p.v[b, g], i0,
                                  queries, j0, keys, left, right, sums, row, column, DOWN, ACROSS)
@@ -232,16 +221,13 @@ def by_distance(tiling: Tiling, *, of_gate: bool) -> Any:
             b, i0 = unit // tiles, unit % tiles * ROWS
             queries, keys = p.q_lengths[b], p.kv_lengths[b]
             layout, line = p.layout[b, h], i0 // MASK_TILE
-            last = p.rows.start[layout, line + 1] if i0 < queries else p.rows.start[layout, line]
-            for run in range(p.rows.start[layout, line], last):
-                names = p.rows.tile[run]
+            first, last = runs(p.rows, layout, line, i0 < queries)
+            for run in range(first, last):
                 for step in range(p.rows.length[run] * (MASK_TILE // COLUMNS)):
                     j0 = p.rows.first[run] * MASK_TILE + step * COLUMNS
                     if j0 >= keys:
                         break
-                    name = -1
-                    if names >= 0:
-                        name = p.rows.names[names + step * COLUMNS // MASK_TILE]
+                    name = name_of_tile(p.rows, run, step * COLUMNS // MASK_TILE)
                     products(total, p.q[b, h], p.k[b, g], rows.dout[b, h], p.v[b, g], i0, queries,
                              j0, keys, left, right, sums, row, column, DOWN, ACROSS)
                     pair_gradients(sums, left, right, p, rows, b, h, i0, queries, j0, keys, name,
