@@ -8,6 +8,7 @@ results put back and merged afterwards.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -29,10 +30,10 @@ def forward(kernel: Any, problem: Problem, onto: tuple[Array, Array] | None = No
     if problem.q_index is problem.k_index is onto is None:
         return kernel.forward(problem)
     xp = arrays.namespace(problem.q)
-    out, lse = kernel.forward(_gathered(xp, problem))
-    if problem.q_index is not None:
-        out, lse = (_put_back(xp, x, problem.q_index, problem.q, fill)
-                    for x, fill in ((out, 0.0), (lse, -math.inf)))
+    queries, keys = _lists(problem)
+    out, lse = kernel.forward(_gathered(problem, queries, keys))
+    if queries is not None:
+        out, lse = queries.put_back(out, 0.0), queries.put_back(lse, -math.inf)
     return (out, lse) if onto is None else _merged(xp, (out, lse), onto)
 
 
@@ -41,64 +42,95 @@ def backward(kernel: Any, problem: Problem, dout: Array, lse: Array, delta: Arra
     """Return the gradients by name; those of q, k and v are added to `onto` if it is given."""
     if kernel.INDEXED:
         return kernel.backward(problem, dout, lse, delta, onto)
-    xp = arrays.namespace(problem.q)
+    queries, keys = _lists(problem)
     rows = [dout, lse, delta]
-    if problem.q_index is not None:
-        rows = [_taken(xp, x, problem.q_index, fill)
+    if queries is not None:
+        rows = [queries.taken(x, fill)
                 for x, fill in ((dout, 0.0), (lse, -math.inf), (delta, 0.0))]
-    found = kernel.backward(_gathered(xp, problem), *rows)
-    for name, index in (("q", problem.q_index), ("k", problem.k_index), ("v", problem.k_index)):
-        if index is not None:
-            found[name] = _put_back(xp, found[name], index, getattr(problem, name), 0.0)
+    found = kernel.backward(_gathered(problem, queries, keys), *rows)
+    for name, tokens in (("q", queries), ("k", keys), ("v", keys)):
+        if tokens is not None:
+            found[name] = tokens.put_back(found[name], 0.0)
         if onto is not None:
             found[name] = arrays.added(onto[name], found[name])
     return found
 
 
-def _gathered(xp: Any, problem: Problem) -> Problem:
+def _gathered(problem: Problem, queries: Listed | None, keys: Listed | None) -> Problem:
     """Return the same problem without indices."""
     changes: dict[str, Any] = {"q_index": None, "k_index": None}
-    for name, index in (("q", problem.q_index), ("k", problem.k_index), ("v", problem.k_index)):
-        if index is not None:
-            changes[name] = _taken(xp, getattr(problem, name), index, 0.0)
+    for name, tokens in (("q", queries), ("k", keys), ("v", keys)):
+        if tokens is not None:
+            changes[name] = tokens.taken(getattr(problem, name), 0.0)
     return dataclasses.replace(problem, **changes)
 
 
-def _taken(xp: Any, x: Array, index: np.ndarray, fill: float) -> Array:
-    """Return tokens of (B', H, T, ...) as listed, (B, H, N, ...); `fill` where the index is -1."""
-    items, heads, tokens, *rest = x.shape
-    place = _places(index, items, heads, tokens)
-    found = xp.take(arrays.reshape(xp, x, (items * heads * tokens, *rest)),
-                    arrays.from_host(xp, np.maximum(place, 0).ravel(), arrays.device(x)), axis=0)
-    found = arrays.reshape(xp, found, (*place.shape, *rest))
-    return _filled(xp, found, place < 0, fill)
+def _lists(problem: Problem) -> tuple[Listed | None, Listed | None]:
+    """Return the lists of queries and keys, one and the same where they are, or None."""
+    first, second = problem.q_index, problem.k_index
+    queries = None if first is None else Listed(first, problem.q)
+    if first is not None and second is not None and problem.q.shape[:3] == problem.k.shape[:3] and (
+            first.shape == second.shape and first.ctypes.data == second.ctypes.data):
+        return queries, queries
+    return queries, None if second is None else Listed(second, problem.k)
 
 
-def _put_back(xp: Any, x: Array, index: np.ndarray, like: Array, fill: float) -> Array:
-    """Undo `_taken`: (B', H, T, ...) as `like` is, `fill` for tokens that are not listed."""
-    items, heads, tokens, _ = like.shape
-    place = _places(index, items, heads, tokens).ravel()
-    slot = np.full(items * heads * tokens, -1)
-    slot[place[place >= 0]] = np.flatnonzero(place >= 0)
-    found = xp.take(arrays.reshape(xp, x, (-1, *x.shape[3:])),
-                    arrays.from_host(xp, np.maximum(slot, 0), arrays.device(x)), axis=0)
-    found = arrays.reshape(xp, found, (items, heads, tokens, *x.shape[3:]))
-    return _filled(xp, found, slot.reshape(items, heads, tokens) < 0, fill)
+class Listed:
+    """Tokens of (B', H, T, ...) as an index lists them, (B, H, N, ...), and put back.
 
+    The index crosses to where the operands live once; everything else is found there.
+    """
 
-def _places(index: np.ndarray, items: int, heads: int, tokens: int) -> np.ndarray:
-    """Return where listed tokens are among (items * heads * tokens) rows, int64 (B, heads, N)."""
-    item = np.arange(len(index)) // (len(index) // max(1, items))
-    row = (item[:, None] * heads + np.arange(heads)) * tokens
-    return np.where(index < 0, -1, row[:, :, None] + index)
+    def __init__(self, index: np.ndarray, like: Array) -> None:
+        self.items, self.heads, self.tokens = like.shape[:3]
+        self.xp, where = arrays.namespace(like), arrays.device(like)
+        there = index >= 0
+        self.shape = len(index), self.heads, index.shape[2]
+        listed = np.count_nonzero(there) * (self.heads // max(1, index.shape[1]))
+        self.gaps, self.all = not there.all(), listed == self.items * self.heads * self.tokens
+        item = np.arange(len(index)) // max(1, len(index) // max(1, self.items))
+        row = (item[:, None] * self.heads + np.arange(self.heads)) * self.tokens
+        # int64, as there may be many rows
+        row = arrays.from_host(self.xp, row[:, :, None], where)
+        own = arrays.from_host(self.xp, index.astype(np.int32, copy=False), where)
+        self.place = self.xp.reshape(self.xp.where(own < 0, -1, own + row), (-1,))
 
+    @functools.cached_property
+    def slot(self) -> Array:
+        """Where each token, of all items and heads, is listed; -1 for nowhere."""
+        xp, place = self.xp, self.place
+        token = xp.arange(self.items * self.heads * self.tokens, dtype=place.dtype,
+                          device=arrays.device(place))
+        if not place.shape[0]:
+            return xp.full_like(token, -1)
+        order = xp.argsort(place)
+        in_order = xp.take(place, order)
+        at = xp.searchsorted(in_order, token)
+        at = xp.where(at < place.shape[0], at, place.shape[0] - 1)
+        return xp.where(xp.take(in_order, at) == token, xp.take(order, at), -1)
 
-def _filled(xp: Any, x: Array, nowhere: np.ndarray, fill: float) -> Array:
-    if not nowhere.any():
-        return x
-    blank = arrays.from_host(xp, nowhere.reshape(*nowhere.shape, *(1,) * (x.ndim - 3)),
-                             arrays.device(x))
-    return xp.where(blank, xp.full_like(x, fill), x)
+    def taken(self, x: Array, fill: float) -> Array:
+        """Return tokens as listed, `fill` where the index is -1."""
+        rows = arrays.reshape(self.xp, x, (self.items * self.heads * self.tokens, *x.shape[3:]))
+        return self._moved(rows, self.place, self.shape, self.gaps, fill)
+
+    def put_back(self, x: Array, fill: float) -> Array:
+        """Undo `taken`: `fill` for tokens that are not listed."""
+        rows = arrays.reshape(self.xp, x, (math.prod(x.shape[:3]), *x.shape[3:]))
+        return self._moved(rows, self.slot, (self.items, self.heads, self.tokens), not self.all,
+                           fill)
+
+    def _moved(self, rows: Array, place: Array, shape: tuple[int, int, int], gaps: bool,
+               fill: float) -> Array:
+        xp, width = self.xp, tuple(rows.shape[1:])
+        if not rows.shape[0]:
+            return xp.full((*shape, *width), fill, dtype=rows.dtype, device=arrays.device(rows))
+        if not gaps:
+            return arrays.reshape(xp, xp.take(rows, place, axis=0), (*shape, *width))
+        found = xp.take(rows, xp.where(place < 0, 0, place), axis=0)
+        blank = xp.reshape(place < 0, (place.shape[0], *(1,) * len(width)))
+        return arrays.reshape(xp, xp.where(blank, xp.full_like(found, fill), found),
+                              (*shape, *width))
 
 
 def _merged(xp: Any, new: tuple[Array, Array], old: tuple[Array, Array]) -> tuple[Array, Array]:

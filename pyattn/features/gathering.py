@@ -48,28 +48,26 @@ def spread_tokens(x: Array, index: np.ndarray, tokens: int) -> Array:
     dtype = x.dtype
     x = arrays.cast(xp, x, arrays.accumulator(xp, x))
     rows = arrays.reshape(xp, x, (index.size, width))
+    shape = items * tokens, width
     slots = np.flatnonzero(index >= 0)
     place = (np.arange(items)[:, None] * tokens + index).ravel()[slots]
-    shape = items * tokens, width
     if type(x) is np.ndarray:
         import scipy.sparse
 
         lists = scipy.sparse.csr_array((np.ones(slots.size, x.dtype), (place, slots)),
                                        shape=(shape[0], index.size))
         return arrays.cast(xp, (lists @ rows).reshape(items, tokens, width), dtype)
-    order = slots[np.argsort(place, kind="stable")]
-    target, start = np.unique(np.sort(place), return_index=True)
-    # turn after turn: the first slot that lists a token, the second, ...
     out = xp.zeros(shape, dtype=x.dtype, device=arrays.device(x))
-    count = np.diff(np.append(start, len(order)))
-    for turn in range(count.max(initial=0)):
-        slot = np.zeros(shape[0], np.int64)
-        held = np.zeros((shape[0], 1), bool)
-        some = count > turn
-        slot[target[some]] = order[start[some] + turn]
-        held[target[some]] = True
-        found = xp.take(rows, _moved(xp, slot, x), axis=0)
-        out = out + xp.where(_moved(xp, held, x), found, xp.zeros_like(found))
+    if slots.size:
+        count = np.bincount(place, minlength=shape[0])
+        order, start, times = (_moved(xp, given, x) for given in (
+            slots[np.argsort(place, kind="stable")], np.cumsum(count) - count, count))
+        # turn after turn: the first slot that lists a token, the second, ...
+        for turn in range(int(count.max())):
+            held = times > turn
+            slot = xp.take(order, xp.where(held, start + turn, 0))
+            found = xp.take(rows, slot, axis=0)
+            out = out + xp.where(held[:, None], found, xp.zeros_like(found))
     return arrays.cast(xp, arrays.reshape(xp, out, (items, tokens, width)), dtype)
 
 
