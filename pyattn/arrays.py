@@ -173,6 +173,33 @@ def to_host(x: Array) -> np.ndarray:
     return np.asarray(x)
 
 
+def decided(*found: Array) -> tuple[np.ndarray, ...]:
+    """Bring integers that were decided where the arrays live to the host, in one copy.
+
+    Where content decides what a token attends to, the host waits for a device here and nowhere
+    else: engines lay out their work on the host. NumPy's arrays are returned as they are.
+
+    Parameters
+    ----------
+    *found : int32 arrays of one library, any shapes
+
+    Returns
+    -------
+    tuple of int32 numpy.ndarray, in the same shapes
+    """
+    if _all_numpy(found):
+        return found
+    for x in found:
+        if dtype_name(x) != "int32":
+            raise DtypeError(f"decisions must be int32; got {dtype_name(x)}")
+    xp = namespace(*found)
+    sizes = [math.prod(x.shape) for x in found]
+    flat = [xp.reshape(x, (size,)) for x, size in zip(found, sizes, strict=True)]
+    home = to_host(xp.concat(flat) if len(flat) > 1 else flat[0])
+    parts = np.split(home, np.cumsum(sizes)[:-1])
+    return tuple(part.reshape(x.shape) for part, x in zip(parts, found, strict=True))
+
+
 def from_host(xp: Any, x: np.ndarray, device: Any = None) -> Array:
     """A copy of `x` in the namespace `xp`; torch takes bfloat16 only by its bits."""
     x = np.array(x)

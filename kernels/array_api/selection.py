@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import numpy as np
 
-from pyattn.arrays import accumulator, cast, device, from_host, namespace, to_host
+from pyattn.arrays import accumulator, cast, device, from_host, namespace
 
+from .choice import largest
 from .scores import unpack
 from .slabs import TILE, Array
 
 SCORED = 2**19
 """Scores that are looked at together, at most, but for one tile of queries."""
+
+BYTES, FULL, NONE = 8, 0, 1
+"""Bytes of a row of a tile, and the tiles that stand before all others."""
 
 
 def refuses(problem: Any) -> str | None:
@@ -21,14 +26,16 @@ def refuses(problem: Any) -> str | None:
     return None
 
 
-def forward(problem: Any, top: int, floor: float) -> np.ndarray:
+def forward(problem: Any, top: int, floor: float) -> Array:
     """Return numbers of keys (B, H, N, min(top, M)), int32, ascending, then -1."""
     p, xp = problem, namespace(problem.q)
-    acc = accumulator(xp, p.q)
+    acc, where = accumulator(xp, p.q), device(p.q)
     batch, heads, n, _ = p.q.shape
     groups, m = p.k.shape[1], p.k.shape[2]
-    found = np.full((batch, heads, n, min(top, m)), -1, np.int32)
-    step = max(1, SCORED // (TILE * max(1, m))) * TILE
+    step, width = max(1, SCORED // (TILE * max(1, m))) * TILE, min(top, m)
+    allowed = (functools.partial(_on_host, p.blocks) if type(p.q) is np.ndarray else
+               Tiles(p.blocks, xp, where))
+    found = [xp.zeros((0, width), dtype=xp.int32, device=where)]
     with np.errstate(all="ignore"):
         for b in range(batch):
             ends = min(n, int(p.q_lengths[b])), min(m, int(p.kv_lengths[b]))
@@ -36,11 +43,13 @@ def forward(problem: Any, top: int, floor: float) -> np.ndarray:
                 keys = cast(xp, p.k[b, h // (heads // groups), :, :], acc)
                 for i in range(0, ends[0], step):
                     rows = slice(i, min(i + step, ends[0]))
-                    reach, allowed = _allowed(p.blocks, int(p.layout[b, h]), rows, ends[1])
-                    chosen = _highest(p.scale[h] * cast(xp, p.q[b, h, rows, :], acc),
-                                      keys[:reach, :], allowed, top, floor)
-                    found[b, h, rows, :chosen.shape[1]] = chosen
-    return found
+                    reach, kinds = _kinds(p.blocks, int(p.layout[b, h]), rows, ends[1])
+                    seen = None if kinds is None else allowed(kinds, rows, reach)
+                    found.append(_highest(
+                        p.scale[h] * cast(xp, p.q[b, h, rows, :], acc), keys[:reach, :], seen,
+                        width, floor))
+                found.append(xp.full((n - ends[0], width), -1, dtype=xp.int32, device=where))
+    return xp.reshape(xp.concat(found, axis=0), (batch, heads, n, width))
 
 
 def highest(scores: np.ndarray, top: int, floor: float = -math.inf) -> np.ndarray:
@@ -90,32 +99,25 @@ def highest(scores: np.ndarray, top: int, floor: float = -math.inf) -> np.ndarra
     return found
 
 
-def _highest(q: Array, k: Array, allowed: np.ndarray | None, top: int,
-             floor: float) -> np.ndarray:
-    """`highest` of the products of one block."""
+def _highest(q: Array, k: Array, allowed: Array | None, width: int, floor: float) -> Array:
+    """`highest` of the products of one block, -1 up to `width`."""
     xp = namespace(q, k)
     scores = xp.matmul(q, xp.matrix_transpose(k))
     if type(scores) is np.ndarray:
         if allowed is not None:
             scores[~allowed] = -math.inf
-        return highest(scores, top, floor)
-    # the standard has no partition: sort, equal scores as they stand
-    infinite = xp.full_like(scores, math.inf)
-    scores = xp.where(xp.isnan(scores), infinite, scores)
-    if allowed is not None:
-        scores = xp.where(from_host(xp, allowed, device(q)), scores, -infinite)
-    order = xp.argsort(-scores, axis=-1, stable=True)[:, :top]
-    above = xp.take_along_axis(scores, order, axis=-1) > floor
-    chosen = np.where(to_host(above), to_host(order), k.shape[0])
-    chosen = np.sort(chosen, axis=-1)
-    return np.where(chosen < k.shape[0], chosen, -1).astype(np.int32)
+        found = highest(scores, width, floor)
+        return np.pad(found, ((0, 0), (0, width - found.shape[1])), constant_values=-1)
+    # the standard has no partition
+    scores = xp.where(xp.isnan(scores), math.inf, scores)
+    eligible = scores > floor
+    return largest(scores, eligible if allowed is None else eligible & allowed, width)
 
 
-def _allowed(blocks: Any, layout: int, rows: slice,
-             limit: int) -> tuple[int, np.ndarray | None]:
-    """How far the keys reach that these queries see, and which of those; None for all.
+def _kinds(blocks: Any, layout: int, rows: slice, limit: int) -> tuple[int, np.ndarray | None]:
+    """How far the keys reach that these queries see, and where their tiles are in `Tiles`.
 
-    The rows start with a tile.
+    The rows start with a tile. Where they see all keys that far, there is no need of tiles.
     """
     runs, first = blocks.rows, rows.start // TILE
     tiles = -(-(rows.stop - rows.start) // TILE)
@@ -124,18 +126,42 @@ def _allowed(blocks: Any, layout: int, rows: slice,
     ends = runs.first[mine] + runs.count[mine]
     reach = min(limit, int(ends.max(initial=0)) * TILE)
     columns = -(-reach // TILE)
-    full = np.clip(columns - runs.first[mine], 0, runs.count[mine]) * (runs.tile[mine] < 0)
-    everywhere = np.bincount(np.repeat(np.arange(tiles), np.diff(start)), full, minlength=tiles)
-    if (everywhere == columns).all():
-        return reach, None
-    allowed = np.zeros((tiles, TILE, columns * TILE), bool)
-    for t in range(tiles):
-        for run in range(int(start[t]), int(start[t + 1])):
+    kinds = np.full((tiles, columns), NONE, np.int32)
+    for tile in range(tiles):
+        for run in range(int(start[tile]), int(start[tile + 1])):
             at, count, name = int(runs.first[run]), int(runs.count[run]), int(runs.tile[run])
-            if name < 0:
-                allowed[t, :, at * TILE:(at + count) * TILE] = True
-            else:
-                for u in range(at, min(at + count, columns)):
-                    bits = blocks.bits[runs.names[name + u - at]]
-                    allowed[t, :, u * TILE:(u + 1) * TILE] = unpack(bits, TILE, TILE)
-    return reach, allowed.reshape(tiles * TILE, -1)[:rows.stop - rows.start, :reach]
+            here = kinds[tile, at:at + count]
+            here[:] = FULL if name < 0 else runs.names[name:name + here.size] + 2
+    return reach, None if (kinds == FULL).all() else kinds
+
+
+def _on_host(blocks: Any, kinds: np.ndarray, rows: slice, reach: int) -> np.ndarray:
+    """Return which keys queries see, bool (rows, reach)."""
+    tiles, columns = kinds.shape
+    allowed = np.zeros((tiles, TILE, columns * TILE), bool)
+    for tile, column in np.argwhere(kinds != NONE).tolist():
+        kind = int(kinds[tile, column])
+        allowed[tile, :, column * TILE:(column + 1) * TILE] = (
+            True if kind == FULL else unpack(blocks.bits[kind - 2], TILE, TILE))
+    return allowed.reshape(tiles * TILE, -1)[:rows.stop - rows.start, :reach]
+
+
+class Tiles:
+    """The distinct tiles of a mask, one full and one empty, as bytes where the queries live."""
+
+    def __init__(self, blocks: Any, xp: Any, where: Any) -> None:
+        bits = np.ascontiguousarray(blocks.bits).view(np.uint8).reshape(-1, TILE * BYTES)
+        ends = np.array([[255], [0]], np.uint8) + np.zeros(TILE * BYTES, np.uint8)
+        self.xp, self.where = xp, where
+        self.bytes = from_host(xp, np.concatenate([ends, bits]), where)
+
+    def __call__(self, kinds: np.ndarray, rows: slice, reach: int) -> Array:
+        """Do what `_on_host` does."""
+        xp, (tiles, columns) = self.xp, kinds.shape
+        words = xp.take(self.bytes, from_host(xp, kinds.reshape(-1), self.where), axis=0)
+        words = xp.reshape(words, (tiles, columns, TILE, BYTES, 1))
+        bit = xp.arange(8, dtype=xp.uint8, device=self.where)
+        seen = (words >> bit) & xp.ones_like(bit) == xp.ones_like(bit)
+        seen = xp.reshape(seen, (tiles, columns, TILE, TILE))
+        seen = xp.reshape(xp.permute_dims(seen, (0, 2, 1, 3)), (tiles * TILE, columns * TILE))
+        return seen[:rows.stop - rows.start, :reach]

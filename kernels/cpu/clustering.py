@@ -1,8 +1,8 @@
 """The kernels of clustering: nearest centroids, members of clusters, sums and distances.
 
 Points are rows of one matrix, and centroids of another; a `Sets` table says which rows choose among
-which centroids, so that heads, segments and the nodes of a tree are all one call. What each of the
-functions does is written in `pyattn.kernels.array_api.clustering`.
+which centroids, so that heads, segments and the nodes of a tree are all one call. `members`, `sums`
+and `distances` do what `pyattn.kernels.array_api.clustering` says of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .memory import address, address_of_buffer
 TILE, BLOCK, FEW = 64, 256, 16
 """Rows whose scores are held at a time, rows of a unit of work, and clusters of one."""
 
+ON_HOST = True
+
 RECORD = np.dtype([(name, "i8") for name in (
     "size lanes d padded rows nodes "           # bytes of a number, numbers in a vector, widths
     "x centroids shifts assignment "            # (rows, d), (nodes, d), (nodes,), int32 (rows,)
@@ -36,7 +38,11 @@ def refuses(problem: Any) -> str | None:
 
 def nearest(x: np.ndarray, centroids: np.ndarray, shifts: np.ndarray, sets: Any,
             active: np.ndarray, assignment: np.ndarray) -> np.ndarray:
-    """Assign the rows of the active sets to centroids; see `array_api.clustering.nearest`."""
+    """Return the assignment, int32 (T,), with the rows of active sets given to their best node.
+
+    That is the node of the set with the largest ``x.c - shift``, the first of equals; `assignment`
+    holds for the other rows.
+    """
     chosen = np.flatnonzero(active)
     blocks = -(-sets.row_count[chosen] // BLOCK)
     unit_set = np.repeat(chosen, blocks)

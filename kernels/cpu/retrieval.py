@@ -1,6 +1,7 @@
 """The kernels of retrieval: best nodes of an index for each query, and best tokens of lists.
 
-What the two functions do is written in `pyattn.kernels.array_api.retrieval`.
+What the two functions find is written in `pyattn.kernels.array_api.retrieval`; here a node's
+children lie side by side, and so do the rows of a leaf's tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .memory import address, address_of_buffer
 
 TILE, LINE = 64, 256
 """Queries of a unit of work, and children scored at a time."""
+
+ON_HOST = True
 
 RECORD = np.dtype([*((name, "i8") for name in (
     "size lanes d n blocks queries "            # q: (heads, n, d), in blocks of 64
@@ -38,7 +41,10 @@ def refuses(problem: Any) -> str | None:
 
 def search(q: np.ndarray, layers: Any, roots: list[tuple[np.ndarray, np.ndarray]],
            keep: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Find the best nodes of each level; see `array_api.retrieval.search`."""
+    """Find the best nodes of each level; see `array_api.retrieval.search`.
+
+    `layers` are those of `pyattn.features.retrieval`.
+    """
     heads, n, _ = q.shape
     scored, found = np.zeros((heads, n), np.int32), []
     above = np.empty(0, np.int32)
@@ -68,7 +74,10 @@ def search(q: np.ndarray, layers: Any, roots: list[tuple[np.ndarray, np.ndarray]
 def pick(q: np.ndarray, rows: np.ndarray, order: np.ndarray, runs: np.ndarray, gather: bool,
          number: int, tokens: int, threshold: float | None,
          duplicate: float | None) -> np.ndarray:
-    """Choose the best tokens of lists; see `array_api.retrieval.pick`."""
+    """Choose the best tokens of lists; see `array_api.retrieval.pick`.
+
+    Row x of `rows` is of token ``order[x]``, or with `gather` of token x.
+    """
     heads, n, d = q.shape
     indices = np.empty((heads, n, number), np.int32)
     if not indices.size:

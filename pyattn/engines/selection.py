@@ -44,4 +44,5 @@ def select_keys(q: Array, k: Array, blocks: BlockMask, layout: np.ndarray, q_len
     problem = Problem(q, k, k, scales, blocks, np.ascontiguousarray(layout, np.int32), q_lengths,
                       kv_lengths)
     floor = -math.inf if threshold is None else threshold
-    return dispatch.kernel("selection", problem, q).forward(problem, top, floor)
+    found, = arrays.decided(dispatch.kernel("selection", problem, q).forward(problem, top, floor))
+    return found

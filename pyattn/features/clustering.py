@@ -27,8 +27,9 @@ from ..checks import (
 )
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..masks.algebra import host_array
+from . import device_clustering
 from .gathering import spread_tokens
-from .precision import cast_like, require_same_shape, widened
+from .precision import cast_like, require_same_shape, unit_rows, widened
 
 METRICS = ("l2", "cosine")
 
@@ -62,7 +63,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """What `kmeans` finds. Everything but the centroids lives on the host."""
+    """What `kmeans` finds. Centroids and inertia live where the tokens do, all else on the host."""
 
     centroids: Array
     """(..., C, D), float64 for float64, else float32; of unit length for the metric "cosine"."""
@@ -72,8 +73,8 @@ class Clusters:
     """int64 (..., C): tokens of each cluster; 0 where one stayed empty."""
     medoids: np.ndarray | None
     """int32 (..., C): the member nearest to each centroid, -1 of none; None unless asked for."""
-    inertia: np.ndarray
-    """float64 (...): sum of squared distances to the own centroid (of unit vectors: 2 - 2 cos)."""
+    inertia: Array
+    """(...): sum of squared distances to the own centroid (of unit vectors: 2 - 2 cos)."""
     iterations: np.ndarray
     """int64 (...): how often the centroids moved; the most of any node in a tree."""
     levels: tuple[Level, ...]
@@ -126,12 +127,13 @@ def kmeans(x: Array, *, num_clusters: int, iterations: int = 10, metric: str = "
     Notes
     -----
     Time O(iterations N C D), or with a tree O(iterations N branching log C D); memory O((N + C) D).
-    An empty cluster takes the token that is farthest from its own centroid, unless that is alone
-    there; for several, in order, tokens in that order. If every token lies where its centroid is
-    (fewer tokens than clusters, duplicates), what is empty stays so, with its centroid as it was. A
-    head without tokens has centroids 0. Distances are computed around the mean of the head; sums in
-    float32, or float64 for float64. Unlike scikit-learn's, a cluster of one token never gives it
-    away.
+    Tokens that are not NumPy's are clustered where they live, and what is settled is computed again
+    until `iterations` are over: asking would wait for the device. An empty cluster takes the token
+    that is farthest from its own centroid, unless that is alone there; for several, in order,
+    tokens in that order. If every token lies where its centroid is (fewer tokens than clusters,
+    duplicates), what is empty stays so, with its centroid as it was. A head without tokens has
+    centroids 0. Distances are computed around the mean of the head; sums in float32, or float64 for
+    float64. Unlike scikit-learn's, a cluster of one token never gives it away.
 
     References
     ----------
@@ -154,7 +156,7 @@ def kmeans(x: Array, *, num_clusters: int, iterations: int = 10, metric: str = "
     num_clusters = require_integer("num_clusters", num_clusters, minimum=1)
     iterations = require_integer("iterations", iterations, minimum=0)
     branching = require_integer("branching", branching, minimum=2)
-    cosine = require_choice("metric", metric, METRICS) == "cosine"
+    cosine = require_metric(metric)
     require_choice("representative", representative, ("mean", "medoid"))
     tree = require_flag("tree", tree)
     if start is not None:
@@ -162,44 +164,117 @@ def kmeans(x: Array, *, num_clusters: int, iterations: int = 10, metric: str = "
     xp = arrays.namespace(x, start)
     *lead, n, width = x.shape
     heads, counted = math.prod(lead), _lengths(lengths, tuple(lead), n)
+    if tree and start is not None:
+        raise OptionError("start cannot be given for a tree")
+    tables = split_counts(num_clusters, branching) if tree else [np.array([0, num_clusters])]
     kernel = dispatch.kernel("clustering", None, x)
     with np.errstate(invalid="ignore", over="ignore"):
-        points, middle = _points(xp, x, counted, cosine)
-        sets = _one_set_each(counted, n, num_clusters)
-        above: list[tuple[Array, np.ndarray, np.ndarray]] = []
-        if tree:
-            if start is not None:
-                raise OptionError("start cannot be given for a tree")
-            flat, assignment, rounds, pairs = _grow(kernel, points, counted, n, above, iterations,
-                                                    split_counts(num_clusters, branching), cosine)
-        else:
-            if start is None:
-                flat = strided_seeds(xp, points, sets)
-            else:
-                if tuple(start.shape) != (*lead, num_clusters, width):
-                    raise ShapeError(f"start must be {(*lead, num_clusters, width)}; got "
-                                     f"{tuple(start.shape)}")
-                given = xp.astype(xp.reshape(start, (heads, num_clusters, width)), points.dtype)
-                given = unit_rows(xp, given) if cosine else given - middle
-                flat = xp.reshape(given, (heads * num_clusters, width))
-            flat, assignment, rounds, pairs = lloyd(kernel, points, flat, sets, iterations, cosine)
-        apart = kernel.distances(points, flat, assignment)
-        inertia = np.asarray(apart, np.float64).reshape(heads, n).sum(axis=1)
-    counts = np.bincount(assignment[assignment >= 0], minlength=heads * num_clusters)
-    medoids = None
-    if representative == "medoid":
-        medoids = _within(nearest_members(apart, assignment, heads * num_clusters), n)
-        medoids = medoids.reshape(*lead, num_clusters)
-    shape = tuple(lead)
-    levels = []
-    for nodes, sizes, children in above:
-        own = children.size - 1
-        levels.append(Level(_uncentred(nodes, own, middle, shape), sizes.reshape(*lead, own),
-                            children))
-    return Clusters(_uncentred(flat, num_clusters, middle, shape),
-                    _within(assignment, num_clusters).reshape(*lead, n),
-                    counts.reshape(*lead, num_clusters), medoids, inertia.reshape(lead),
-                    rounds.reshape(lead), tuple(levels), pairs)
+        points, middle = token_rows(xp, x, counted, cosine)
+        seeds = None
+        if start is not None:
+            if tuple(start.shape) != (*lead, num_clusters, width):
+                raise ShapeError(f"start must be {(*lead, num_clusters, width)}; got "
+                                 f"{tuple(start.shape)}")
+            given = xp.astype(xp.reshape(start, (heads, num_clusters, width)), points.dtype)
+            given = unit_rows(xp, given) if cosine else given - middle
+            seeds = xp.reshape(given, (heads * num_clusters, width))
+        run = _run_on_host if kernel.ON_HOST else _run_on_device
+        found = run(kernel, points, counted, seeds, tables, iterations, cosine,
+                    representative == "medoid")
+    shape, medoids = tuple(lead), found.medoids
+    if medoids is not None:
+        medoids = _within(medoids, n).reshape(*lead, num_clusters)
+    counts = _tokens_below(found.assignment, heads, tables)
+    levels = [Level(_uncentred(nodes, children.size - 1, middle, shape),
+                    sizes.reshape(*lead, children.size - 1), children)
+              for nodes, sizes, children in zip(found.above, counts[:-1], tables[1:], strict=True)]
+    return Clusters(_uncentred(found.nodes, num_clusters, middle, shape),
+                    _within(found.assignment, num_clusters).reshape(*lead, n),
+                    counts[-1].reshape(*lead, num_clusters), medoids,
+                    arrays.reshape(xp, found.inertia, shape), found.rounds.reshape(lead),
+                    tuple(levels), found.pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What clustering the rows of all heads has found, numbered over all heads."""
+
+    nodes: Array
+    """Of the last level."""
+    above: list[Array]
+    """The nodes of the levels before, from the top."""
+    assignment: np.ndarray
+    """To the nodes of the last level."""
+    medoids: np.ndarray | None
+    inertia: Array
+    rounds: np.ndarray
+    """int64 (heads,)."""
+    pairs: int
+
+
+def _run_on_host(kernel: Any, points: Array, counted: np.ndarray, seeds: Array | None,
+                 tables: list[np.ndarray], iterations: int, cosine: bool, medoid: bool) -> _Run:
+    """Cluster on the host, until nothing changes."""
+    xp, heads, each = arrays.namespace(points), counted.size, int(tables[-1][-1])
+    n, above = points.shape[0] // max(1, heads), list[Array]()
+    if len(tables) > 1:
+        nodes, assignment, rounds, pairs = _grow(kernel, points, counted, n, above, iterations,
+                                                 tables, cosine)
+    else:
+        sets = _one_set_each(counted, n, each)
+        seeds = strided_seeds(xp, points, sets) if seeds is None else seeds
+        nodes, assignment, rounds, pairs = lloyd(kernel, points, seeds, sets, iterations, cosine)
+    apart = kernel.distances(points, nodes, assignment)
+    medoids = nearest_members(apart, assignment, heads * each) if medoid else None
+    inertia = np.asarray(apart, np.float64).reshape(heads, n).sum(axis=1)
+    return _Run(nodes, above, assignment, medoids, inertia, rounds, pairs)
+
+
+def _run_on_device(kernel: Any, points: Array, counted: np.ndarray, seeds: Array | None,
+                   tables: list[np.ndarray], iterations: int, cosine: bool, medoid: bool) -> _Run:
+    """Cluster where the points live, and bring home whose each token is, all at once."""
+    xp, heads, n = arrays.namespace(points), counted.size, points.shape[0] // max(1, counted.size)
+    owner = np.where(np.arange(n) < counted[:, None], np.arange(heads)[:, None], -1)
+    assignment = arrays.from_host(xp, owner.reshape(-1).astype(np.int32), arrays.device(points))
+    levels, moved = list[Array](), list[Array]()
+    for depth, children in enumerate(tables):
+        # the children of the first level are those of one root
+        crowd = device_clustering.Crowd(kernel, points, assignment,
+                                        np.tile(np.diff(children), heads),
+                                        n if depth == 0 else None, cosine)
+        nodes, assignment, rounds = device_clustering.lloyd(crowd, seeds, iterations)
+        levels.append(nodes)
+        moved.append(rounds)
+    apart = kernel.distances(points, nodes, assignment)
+    inertia = xp.sum(xp.reshape(apart, (heads, n)), axis=1)
+    if medoid:
+        moved.append(device_clustering.nearest_members(kernel, apart, assignment, nodes.shape[0]))
+    home, *others = arrays.decided(assignment, *moved)
+    pairs, most = 0, np.zeros(heads, np.int64)
+    sizes = [counted, *_tokens_below(home, heads, tables)]
+    for children, rows, rounds in zip(tables, sizes, others, strict=False):
+        products = rows.reshape(heads, children.size - 1) * np.diff(children)
+        times = rounds.reshape(products.shape)
+        # nodes that moved were looked at once more afterwards
+        pairs += int((products * (times + np.int64(1))).sum())
+        most = np.maximum(most, times.max(axis=1, initial=0))
+    return _Run(nodes, levels[:-1], home, others[-1] if medoid else None, inertia, most, pairs)
+
+
+def _tokens_below(assignment: np.ndarray, heads: int, tables: list[np.ndarray]) -> list[np.ndarray]:
+    """Count for each level, from the top, the tokens below each node, int64 (heads * K,)."""
+    each = int(tables[-1][-1])
+    counts = [np.bincount(assignment[assignment >= 0], minlength=heads * each)]
+    for children in reversed(tables[1:]):
+        below = counts[0].reshape(heads, int(children[-1]))
+        before = np.concatenate([np.zeros((heads, 1), np.int64), np.cumsum(below, axis=1)], axis=1)
+        counts.insert(0, np.diff(before[:, children], axis=1).reshape(-1))
+    return counts
+
+
+def require_metric(metric: Any) -> bool:
+    """Return whether the metric, which must be one of METRICS, is "cosine"."""
+    return require_choice("metric", metric, METRICS) == "cosine"
 
 
 def _lengths(lengths: Any, lead: tuple[int, ...], n: int) -> np.ndarray:
@@ -213,7 +288,7 @@ def _lengths(lengths: Any, lead: tuple[int, ...], n: int) -> np.ndarray:
     return np.broadcast_to(given, lead).reshape(-1).astype(np.int64)
 
 
-def _points(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array, Array]:
+def token_rows(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array, Array]:
     """Return the rows (heads * N, D), around the mean of each head or of unit length, and means.
 
     Padding becomes zeros. The means are (heads, 1, D), zeros where nothing was taken off.
@@ -232,22 +307,6 @@ def _points(xp: Any, x: Array, counted: np.ndarray, cosine: bool) -> tuple[Array
         middle = xp.sum(x, axis=1, keepdims=True) / size
         x = x - middle
     return xp.reshape(x, (heads * n, width)), middle
-
-
-def unit_rows(xp: Any, x: Array) -> Array:
-    """Return vectors of length 1; zeros stay, and what is not finite warns of nothing."""
-    low = float(xp.finfo(x.dtype).smallest_normal) / float(xp.finfo(x.dtype).eps)
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = xp.sum(x * x, axis=-1, keepdims=True)
-        usual = (square > low) & (square < 1 / low)
-        unit = x / xp.sqrt(xp.where(usual, square, xp.ones_like(square)))
-        if xp.all(usual):
-            return unit
-        # squares might not be representable: divided by the largest number first
-        largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
-        x = x / xp.where(largest > 0, largest, xp.ones_like(largest))
-        norm = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
-        return xp.where(usual, unit, x / xp.where(norm > 0, norm, xp.ones_like(norm)))
 
 
 def _uncentred(nodes: Array, each: int, middle: Array, lead: tuple[int, ...]) -> Array:
@@ -378,13 +437,12 @@ def split_counts(num_clusters: int, branching: int) -> list[np.ndarray]:
     return found
 
 
-def _grow(kernel: Any, x: Array, counted: np.ndarray, n: int,
-          above: list[tuple[Array, np.ndarray, np.ndarray]], iterations: int,
+def _grow(kernel: Any, x: Array, counted: np.ndarray, n: int, above: list[Array], iterations: int,
           tables: list[np.ndarray], cosine: bool) -> tuple[Array, np.ndarray, np.ndarray, int]:
     """Cluster level by level from the top; what `lloyd` returns, of the last level.
 
-    `tables` has the children of each level's nodes. Nodes, counts and children of the levels
-    before the last are added to `above`.
+    `tables` has the children of each level's nodes. The nodes of the levels before the last are
+    added to `above`.
     """
     xp, where, heads = arrays.namespace(x), arrays.device(x), counted.size
     inside = np.arange(n) < counted[:, None]
@@ -403,7 +461,7 @@ def _grow(kernel: Any, x: Array, counted: np.ndarray, n: int,
         rounds = np.maximum(rounds, moved.reshape(heads, own).max(axis=1, initial=0))
         pairs += some
         if depth + 1 < len(tables):
-            above.append((nodes, np.bincount(found, minlength=heads * each), tables[depth + 1]))
+            above.append(nodes)
     return nodes, assignment, rounds, pairs
 
 

@@ -42,7 +42,7 @@ def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, r
     Returns
     -------
     numpy.ndarray, int32, shape (..., H, num_rounds, N)
-        On the host: where to go is decided there.
+        On the host: engines lay out there what was decided.
 
     Raises
     ------
@@ -69,6 +69,14 @@ def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, r
     >>> lsh_hash(x, num_buckets=4, num_rounds=1, rotations=np.eye(2).reshape(1, 2, 1, 2))
     array([[[3, 3, 0, 2]]], dtype=int32)
     """
+    found, = arrays.decided(hashed(x, num_buckets=num_buckets, num_rounds=num_rounds, rng=rng,
+                                   rotations=rotations))
+    return found
+
+
+def hashed(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, rng: Any = None,
+           rotations: Array | None = None) -> Array:
+    """Return what `lsh_hash` returns, but where the tokens live if these are not NumPy's."""
     factors = require_buckets(num_buckets)
     num_rounds = require_integer("num_rounds", num_rounds, minimum=1)
     arrays.require_float("x", x)
@@ -91,27 +99,43 @@ def lsh_hash(x: Array, *, num_buckets: int | tuple[int, ...], num_rounds: int, r
                                 (heads, width, num_rounds, halves))
     kernel = dispatch.kernel("clustering", None, x)
     items = math.prod(lead) * heads
-    flat = arrays.cast(xp, arrays.reshape(xp, x, (items * n, width)), acc)
-    buckets = np.zeros((items, num_rounds, n), np.int32)
-    head = np.arange(items) % max(1, heads)
+    wide = arrays.reshape(xp, arrays.cast(xp, x, acc), (items, n, width))
+    nearest = _nearest_on_host if kernel.ON_HOST else _nearest_on_device
+    rounds = []
     for turn in range(num_rounds):
-        start, product = 0, 1
+        start, product, buckets = 0, 1, None
         for factor in factors:
             ends = rotations[:, :, turn, start:start + factor // 2]
             # the axes of each head, then their opposites
             nodes = xp.permute_dims(xp.concat([ends, -ends], axis=-1), (0, 2, 1))
-            nodes = arrays.reshape(xp, nodes, (heads * factor, width))
-            sets = Sets(n * np.arange(items), np.full(items, n), factor * head,
-                        np.full(items, factor))
-            shifts = xp.zeros(heads * factor, dtype=acc, device=arrays.device(x))
-            with np.errstate(invalid="ignore", over="ignore"):
-                found = kernel.nearest(flat, nodes, shifts, sets, np.full(items, True),
-                                       np.zeros(items * n, np.int32)).reshape(items, n)
-            # what is not finite may have no nearest
-            own = np.clip(found - factor * head[:, None], 0, factor - 1)
-            buckets[:, turn] += product * own.astype(np.int32)
+            own = nearest(kernel, wide, nodes)
+            buckets = own if buckets is None else buckets + product * own
             start, product = start + factor // 2, product * factor
-    return buckets.reshape(*lead, heads, num_rounds, n)
+        rounds.append(buckets)
+    return arrays.reshape(xp, xp.stack(rounds, axis=1), (*lead, heads, num_rounds, n))
+
+
+def _nearest_on_host(kernel: Any, x: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """Return the nearest of the nodes (H, K, D) for tokens (items, N, D), int32 (items, N)."""
+    (items, n, width), (heads, factor, _) = x.shape, nodes.shape
+    head = np.arange(items) % max(1, heads)
+    sets = Sets(n * np.arange(items), np.full(items, n), factor * head, np.full(items, factor))
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = kernel.nearest(x.reshape(items * n, width), nodes.reshape(heads * factor, width),
+                               np.zeros(heads * factor, x.dtype), sets, np.full(items, True),
+                               np.zeros(items * n, np.int32)).reshape(items, n)
+    # what is not finite may have no nearest
+    return np.clip(found - factor * head[:, None], 0, factor - 1).astype(np.int32)
+
+
+def _nearest_on_device(kernel: Any, x: Array, nodes: Array) -> Array:
+    """Do likewise where the tokens live."""
+    xp, heads = arrays.namespace(x), nodes.shape[0]
+    times = x.shape[0] // max(1, heads)
+    nodes = arrays.reshape(xp, xp.broadcast_to(nodes, (times, *nodes.shape)),
+                           (times * heads, *nodes.shape[1:]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return kernel.nearest(x, nodes, xp.zeros_like(nodes[:, :, 0]))
 
 
 def require_buckets(num_buckets: Any) -> tuple[int, ...]:

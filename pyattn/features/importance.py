@@ -31,8 +31,8 @@ from .compression import complete_blocks
 class Problem:
     """What a kernel module, ``pyattn.kernels.<backend>.importance``, is asked.
 
-    ``forward(problem)`` returns lists of blocks, int32 (B, G, N, count) on the host, ascending and
-    then -1; ``refuses(problem)`` says why it cannot, or None.
+    ``forward(problem)`` returns lists of blocks, int32 (B, G, N, count) of the library of q,
+    ascending and then -1; ``refuses(problem)`` says why it cannot, or None.
     """
 
     q: Array
@@ -152,7 +152,7 @@ def important_blocks(q: Array, k_compressed: Array, lse: Array, *, tokens: int, 
         flat(q, 3), flat(k_compressed, 3), flat(lse, 2), float(scale), offset, q_length, kv_length,
         complete_blocks(kv_length, block_size, stride).astype(np.int32),
         count=min(num_selected, -(-tokens // select_block)), causal=causal is not False, **sizes)
-    found = dispatch.kernel("importance", problem, q).forward(problem)
+    found, = arrays.decided(dispatch.kernel("importance", problem, q).forward(problem))
     return found.reshape(*batch, k_compressed.shape[-3], n, problem.count)
 
 

@@ -10,6 +10,9 @@ import functools
 
 import numpy as np
 
+from .. import arrays
+from ..arrays import Array
+
 NONE = -1
 FEW = 2**16
 """So many labels are sorted digit by digit, in linear time."""
@@ -60,13 +63,29 @@ class Regrouped:
         return np.minimum.accumulate(stop[:, ::-1], axis=1)[:, ::-1]
 
 
-def regroup(labels: np.ndarray, lengths: np.ndarray) -> Regrouped:
-    """Sort tokens by labels (I, N), not negative; those from `lengths` (I,) on are padding."""
+def regroup(labels: np.ndarray, lengths: np.ndarray, token: np.ndarray | None = None) -> Regrouped:
+    """Sort tokens by labels (I, N), not negative; those from `lengths` (I,) on are padding.
+
+    `token` is what `sorted_tokens` has found for them, if it was asked.
+    """
     n = labels.shape[1]
     padding = np.arange(n) >= lengths[:, None]
-    most = int(labels.max(initial=0)) + 1
-    key = np.where(padding, most, labels).astype(np.uint16 if most < FEW else np.int64)
-    token = np.argsort(key, axis=1, kind="stable")
+    if token is None:
+        most = int(labels.max(initial=0)) + 1
+        key = np.where(padding, most, labels).astype(np.uint16 if most < FEW else np.int64)
+        token = np.argsort(key, axis=1, kind="stable")
     # padding comes behind all else
     return Regrouped(np.where(padding, NONE, token).astype(np.int32),
                      np.where(padding, NONE, np.take_along_axis(labels, token, axis=1)), n)
+
+
+def sorted_tokens(labels: Array, lengths: np.ndarray) -> Array:
+    """Return tokens by label, then position, padding last; int32 (I, ..., N), where labels live."""
+    xp, n, where = arrays.namespace(labels), labels.shape[-1], arrays.device(labels)
+    if (lengths < n).any():
+        ends = arrays.from_host(xp, lengths.astype(np.int32), where)
+        ends = xp.reshape(ends, (len(lengths), *(1,) * (labels.ndim - 1)))
+        # padding stands behind all of the last label too
+        padding = xp.arange(n, dtype=xp.int32, device=where) >= ends
+        labels = xp.where(padding, xp.iinfo(labels.dtype).max, labels)
+    return xp.astype(xp.argsort(labels, axis=-1, stable=True), xp.int32)

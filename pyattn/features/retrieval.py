@@ -16,19 +16,22 @@ import numpy as np
 from .. import arrays, dispatch
 from ..arrays import Array
 from ..checks import OptionError, ShapeError, require_flag, require_integer, require_real
+from . import device_retrieval
 from .clustering import (
     Sets,
     kmeans,
     lloyd,
     nearest_members,
     over_all_heads,
+    require_metric,
     require_numbers,
     segment_means,
     split_counts,
     strided_seeds,
-    unit_rows,
+    token_rows,
 )
-from .hashing import lsh_hash
+from .hashing import hashed
+from .precision import unit_rows
 
 BRANCHING = 8
 """Children of a node of a tree, where the tree is over time on average."""
@@ -138,6 +141,8 @@ def group_keys(k: Array, *, num_clusters: int, iterations: int = 10, metric: str
         return Groups(tuple(levels), tuple(int(table[-1]) for table in reversed(tables)),
                       pairs=found.pairs)
     segment = require_integer("segment", segment, minimum=1)
+    if not dispatch.kernel("clustering", None, k).ON_HOST:
+        return _segments_on_device(k, num_clusters, iterations, metric, segment, lengths, tree)
     own, pairs = _segment_clusters(k, num_clusters, iterations, metric, segment, lengths)
     count = k.shape[-2] // segment
     levels, nodes = [own], [count * num_clusters]
@@ -158,15 +163,37 @@ def _segment_clusters(k: Array, num_clusters: int, iterations: int, metric: str,
     assignment = np.full((*lead, m), -1, np.int32)
     if not count:
         return assignment, 0
-    whole = np.broadcast_to(m if lengths is None else lengths, tuple(lead))[..., None]
-    over = (np.arange(1, count + 1) * segment <= whole) * segment
     pieces = xp.reshape(k[..., :count * segment, :], (*lead, count, segment, width))
     found = kmeans(pieces, num_clusters=num_clusters, iterations=iterations, metric=metric,
-                   lengths=over)
+                   lengths=_over(tuple(lead), m, segment, lengths) * segment)
     first = np.arange(count, dtype=np.int32)[:, None] * num_clusters
     numbers = np.where(found.assignment >= 0, found.assignment + first, -1)
     assignment[..., :count * segment] = numbers.reshape(*lead, count * segment)
     return assignment, found.pairs
+
+
+def _over(lead: tuple[int, ...], m: int, segment: int, lengths: Any) -> np.ndarray:
+    """Tell which segments are over, bool (..., count)."""
+    whole = np.broadcast_to(m if lengths is None else lengths, lead)[..., None]
+    return np.arange(1, m // segment + 1) * segment <= whole
+
+
+def _segments_on_device(k: Array, num_clusters: int, iterations: int, metric: str, segment: int,
+                        lengths: Any, tree: bool) -> Groups:
+    """Do what `group_keys` does with segments where the keys live."""
+    num_clusters = require_integer("num_clusters", num_clusters, minimum=1)
+    iterations = require_integer("iterations", iterations, minimum=0)
+    cosine = require_metric(metric)
+    *lead, m, width = k.shape
+    xp, heads, count = arrays.namespace(k), math.prod(lead), m // segment
+    over = _over(tuple(lead), m, segment, lengths).reshape(heads, count)
+    with np.errstate(invalid="ignore", over="ignore"):
+        pieces = xp.reshape(k[..., :count * segment, :], (heads * count, segment, width))
+        points, _ = token_rows(xp, pieces, over.reshape(-1) * np.int64(segment), cosine)
+        levels, pairs = device_retrieval.segment_clusters(
+            points, over, k, segment, num_clusters, iterations, cosine, BRANCHING, tree)
+    nodes = tuple(count // BRANCHING**level * num_clusters for level in range(len(levels)))
+    return Groups(tuple(levels), nodes, segment, num_clusters, pairs)
 
 
 def _merged(k: Array, own: np.ndarray, nodes: int, count: int, num_clusters: int, iterations: int,
@@ -199,6 +226,8 @@ def find_medoids(k: Array, groups: Groups, metric: str) -> tuple[np.ndarray, ...
     """Return for each level the member nearest to the mean of each node, int32 (..., G, K)."""
     xp, (*lead, m, width) = arrays.namespace(k), k.shape
     kernel, heads = dispatch.kernel("clustering", None, k), math.prod(lead)
+    if not kernel.ON_HOST:
+        return device_retrieval.medoids(k, groups.assignments, groups.nodes, metric == "cosine")
     rows, found = xp.astype(k, arrays.accumulator(xp, k)), []
     rows = unit_rows(xp, rows) if metric == "cosine" else rows
     for own, nodes in zip(groups.assignments, groups.nodes, strict=True):
@@ -236,7 +265,7 @@ class Found:
 
 
 class Index:
-    """Keys and their groups, made ready for searches."""
+    """Keys and their groups, made ready for searches on the host."""
 
     def __init__(self, k: Array, groups: Groups) -> None:
         xp, (*lead, m, width) = arrays.namespace(k), k.shape
@@ -356,14 +385,21 @@ def select_tokens(q: Array, k: Array, groups: Groups | Index, last: Any, *, num_
     array([[[2]]], dtype=int32)
     """
     keep = require_integer("num_top_clusters", num_top_clusters, minimum=1)
-    grouped, last = _queries(q, k, last)
+    (grouped, last), m = _queries(q, k, last), k.shape[-2]
+    keep = min(keep, max(1, *(groups.groups if isinstance(groups, Index) else groups).nodes))
+    limits = _limits(num_selected, m, threshold, duplicate_threshold)
+    flat, (*lead, n, _) = _flat(grouped), grouped.shape
+    if not dispatch.kernel("retrieval", None, flat).ON_HOST:
+        known = groups.groups if isinstance(groups, Index) else groups
+        chosen, scored = device_retrieval.Index(k, known).select(flat, last, keep, *limits)
+        return Selection(chosen.reshape(*lead, n, limits[0]), scored)
     index = groups if isinstance(groups, Index) else Index(k, groups)
-    found = index.search(grouped, last, min(keep, max(1, *index.groups.nodes)))
+    found = index.search(grouped, last, keep)
     leaf = index.layers[0]
     runs = index.runs(found.kept[0])
-    indices = _pick(grouped, leaf.child_rows, leaf.child_order, runs, False, index.m, num_selected,
-                    threshold, duplicate_threshold)
-    return Selection(indices, found.scored + int((runs[..., 1] - runs[..., 0]).sum()))
+    chosen = _pick(flat, leaf.child_rows, leaf.child_order, runs, False, m, *limits)
+    return Selection(chosen.reshape(*lead, n, limits[0]),
+                     found.scored + int((runs[..., 1] - runs[..., 0]).sum()))
 
 
 def _queries(q: Array, k: Array, last: Any) -> tuple[Array, np.ndarray]:
@@ -383,34 +419,49 @@ def _queries(q: Array, k: Array, last: Any) -> tuple[Array, np.ndarray]:
         np.asarray(last, np.int64), (*q.shape[:-3], groups, q.shape[-2]))
 
 
-def _pick(q: Array, rows: Array, order: np.ndarray, runs: np.ndarray, gather: bool, tokens: int,
-          number: int, threshold: float | None, duplicate: float | None) -> np.ndarray:
+def _flat(q: Array) -> Array:
+    """(..., G, N, D) as (P, N, D)."""
+    return arrays.reshape(arrays.namespace(q), q, (math.prod(q.shape[:-2]), *q.shape[-2:]))
+
+
+def _limits(number: int, tokens: int, threshold: float | None,
+            duplicate: float | None) -> tuple[int, float | None, float | None]:
+    """Check what limits a list: its length, and the two thresholds."""
     number = require_integer("num_selected", number, minimum=1)
     if threshold is not None:
         threshold = require_real("threshold", threshold)
     if duplicate is not None:
         duplicate = require_real("duplicate_threshold", duplicate)
-    xp, (*lead, n, width) = arrays.namespace(q), q.shape
-    number = min(number, max(tokens, 1))
-    flat = xp.reshape(q, (math.prod(lead), n, width))
-    kernel = dispatch.kernel("retrieval", None, flat)
-    found = kernel.pick(flat, rows, order, runs, gather, number, tokens, threshold, duplicate)
-    return found.reshape(*lead, n, number)
+    return min(number, max(tokens, 1)), threshold, duplicate
+
+
+def _pick(q: np.ndarray, rows: np.ndarray, order: np.ndarray, runs: np.ndarray, gather: bool,
+          tokens: int, number: int, threshold: float | None, duplicate: float | None) -> np.ndarray:
+    """Choose on the host for queries (P, N, D)."""
+    kernel = dispatch.kernel("retrieval", None, q)
+    return kernel.pick(q, rows, order, runs, gather, number, tokens, threshold, duplicate)
 
 
 def hash_tokens(q: Array, k: Array, *, num_buckets: Any, num_rounds: int, rng: Any = None,
                 rotations: Array | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Hash queries, one for each group, and keys by the same rotations.
 
-    Returns int32 (..., G, rounds, N) and (..., G, rounds, M); a query and a key of one direction
-    are in one bucket.
+    Returns int32 (..., G, rounds, N) and (..., G, rounds, M) on the host; a query and a key of one
+    direction are in one bucket.
     """
-    xp, n = arrays.namespace(q, k), q.shape[-2]
-    grouped = group_queries(q, k.shape[-3])
-    both = xp.concat([grouped, xp.astype(k, grouped.dtype)], axis=-2)
-    buckets = lsh_hash(both, num_buckets=num_buckets, num_rounds=num_rounds, rng=rng,
-                       rotations=rotations)
+    n = q.shape[-2]
+    buckets, = arrays.decided(hashed_tokens(q, k, num_buckets=num_buckets, num_rounds=num_rounds,
+                                            rng=rng, rotations=rotations))
     return buckets[..., :n], buckets[..., n:]
+
+
+def hashed_tokens(q: Array, k: Array, *, num_buckets: Any, num_rounds: int, rng: Any = None,
+                  rotations: Array | None = None) -> Array:
+    """Return what `hash_tokens` does, queries before keys, where they live."""
+    xp, grouped = arrays.namespace(q, k), group_queries(q, k.shape[-3])
+    both = xp.concat([grouped, xp.astype(k, grouped.dtype)], axis=-2)
+    return hashed(both, num_buckets=num_buckets, num_rounds=num_rounds, rng=rng,
+                  rotations=rotations)
 
 
 def select_from_buckets(q: Array, k: Array, buckets: tuple[Any, Any], last: Any, *,
@@ -463,6 +514,14 @@ def select_from_buckets(q: Array, k: Array, buckets: tuple[Any, Any], last: Any,
     own = require_numbers("buckets of queries", buckets[0], (*lead, rounds, n), 2**31)
     theirs = require_numbers("buckets of keys", buckets[1], (*lead, rounds, m), 2**31)
     whole = np.broadcast_to(m if lengths is None else lengths, tuple(lead))
+    limits = _limits(num_selected, m, threshold, duplicate_threshold)
+    queries = _flat(grouped)
+    if not dispatch.kernel("retrieval", None, queries).ON_HOST:
+        chosen, scored = device_retrieval.select_from_buckets(
+            queries, arrays.reshape(xp, k, (heads, m, width)),
+            (own.reshape(heads, rounds, n), theirs.reshape(heads, rounds, m)), whole.reshape(heads),
+            np.minimum(last, whole[..., None] - 1).reshape(heads, n), num_candidates, *limits)
+        return Selection(chosen.reshape(*lead, n, limits[0]), scored)
     runs = np.zeros((heads, rounds, n, 2), np.int64)
     order = np.empty((heads, rounds, m), np.int32)
     flat = (own.reshape(heads, rounds, n).astype(np.int64),
@@ -483,6 +542,5 @@ def select_from_buckets(q: Array, k: Array, buckets: tuple[Any, Any], last: Any,
     wide = xp.astype(k, arrays.accumulator(xp, k))
     rows = xp.reshape(unit_rows(xp, wide), (heads * m, width))
     runs = np.ascontiguousarray(runs.transpose(0, 2, 1, 3))
-    indices = _pick(grouped, rows, order.reshape(-1), runs, True, m, num_selected, threshold,
-                    duplicate_threshold)
-    return Selection(indices, int((runs[..., 1] - runs[..., 0]).sum()))
+    chosen = _pick(queries, rows, order.reshape(-1), runs, True, m, *limits)
+    return Selection(chosen.reshape(*lead, n, limits[0]), int((runs[..., 1] - runs[..., 0]).sum()))

@@ -23,10 +23,10 @@ from ..checks import (
 from ..differentiable import ON_HOST, Saved, differentiable, gradients
 from ..engines import softmax
 from ..engines.placement import place
-from ..features.hashing import MOST_BUCKETS, lsh_hash, require_buckets
+from ..features.hashing import MOST_BUCKETS, hashed, require_buckets
 from ..features.normalise import UnitLengthSaved, unit_length
 from ..features.padding import without_padding
-from ..features.regrouping import Regrouped, regroup
+from ..features.regrouping import Regrouped, regroup, sorted_tokens
 from ..masks.algebra import host_array
 from ..masks.tiled import Listing, Round, between, rounds
 
@@ -174,17 +174,21 @@ def lsh_attention(qk: Array, v: Array, *, num_rounds: int = 8, bucket_length: in
     bucket_length = min(bucket_length, max(1, n))
     generator = require_rng(rng)
     decisions = require_decisions(decisions, ("buckets", *softmax.DECISIONS))
-    buckets = decisions.pop("buckets", None)
+    buckets, tokens = decisions.pop("buckets", None), None
+    placement = place(tuple(batch), n, n, "top_left", None, kv_lengths, None)
+    lengths = np.repeat(placement.kv_lengths.astype(np.int64), heads)
     if buckets is None:
         if num_buckets is None:
             num_buckets = max(2, 2 * round(n / (2 * bucket_length)))
         require_buckets(num_buckets)
-        buckets = lsh_hash(qk, num_buckets=num_buckets, num_rounds=num_rounds, rng=generator)
+        buckets = hashed(qk, num_buckets=num_buckets, num_rounds=num_rounds, rng=generator)
+        if type(buckets) is not np.ndarray:
+            tokens = sorted_tokens(arrays.reshape(xp, buckets, (len(lengths), num_rounds, n)),
+                                   lengths)
+            buckets, tokens = arrays.decided(buckets, tokens)
     buckets = _check_buckets(buckets, (*batch, heads, num_rounds, n))
-    placement = place(tuple(batch), n, n, "top_left", None, kv_lengths, None)
     qk = without_padding(qk, kv_lengths)
-    lengths = np.repeat(placement.kv_lengths.astype(np.int64), heads)
-    listed = _rounds(buckets.reshape(len(lengths), num_rounds, n), lengths, bucket_length,
+    listed = _rounds(buckets.reshape(len(lengths), num_rounds, n), tokens, lengths, bucket_length,
                      strict=causal and not reference, causal=causal, reference=reference,
                      across=across, deduplicate=deduplicate)
     keys, unit = unit_length.forward(qk)
@@ -233,11 +237,16 @@ class _Pairs:
         return met & (slot >= 0) & (other >= 0)
 
 
-def _rounds(buckets: np.ndarray, lengths: np.ndarray, bucket_length: int, *, strict: bool,
-            causal: bool, reference: bool, across: bool, deduplicate: bool) -> rounds:
-    """Describe all rounds for buckets (I, rounds, N) of items with these lengths."""
+def _rounds(buckets: np.ndarray, tokens: np.ndarray | None, lengths: np.ndarray,
+            bucket_length: int, *, strict: bool, causal: bool, reference: bool, across: bool,
+            deduplicate: bool) -> rounds:
+    """Describe all rounds for buckets (I, rounds, N) of items with these lengths.
+
+    `tokens`, likewise, lists them by bucket, if they have been sorted.
+    """
     items, count, n = buckets.shape
-    orders = [regroup(buckets[:, turn], lengths) for turn in range(count)]
+    orders = [regroup(buckets[:, turn], lengths, None if tokens is None else tokens[:, turn])
+              for turn in range(count)]
     pairs = [_last_members(order, bucket_length) if strict else
              _chunks(order, lengths, bucket_length, across=across, wrap=not reference)
              for order in orders]

@@ -29,15 +29,14 @@ from ..differentiable import ON_HOST, Saved, gradients
 from ..engines import edges
 from ..engines.placement import first_position
 from ..features.clustering import require_numbers, segment_means
-from ..features.hashing import lsh_hash, require_buckets
+from ..features.hashing import hashed, require_buckets
 from ..features.retrieval import (
     BRANCHING,
     Groups,
-    Index,
     Selection,
     find_medoids,
     group_keys,
-    hash_tokens,
+    hashed_tokens,
     select_from_buckets,
     select_tokens,
 )
@@ -171,18 +170,23 @@ def _by_hash(q: Array, k: Array, num_clusters: int, factors: tuple[int, ...], nu
     elif arrays.require_float("rotations", rotations) and rotations.ndim != 4:
         raise ShapeError("rotations must be (G or 1, D, num_rounds, half the sum of num_buckets); "
                          f"got {tuple(rotations.shape)}")
-    if "buckets" in decisions:
-        both = require_numbers("decisions' buckets", decisions["buckets"],
-                               (*lead, num_rounds, n + m), math.prod(factors))
-        buckets = both[..., :n], both[..., n:]
-    else:
-        buckets = hash_tokens(q, k, num_buckets=factors, num_rounds=num_rounds, rotations=rotations)
     few = min(max(1, num_clusters // 2), rotations.shape[-1])
     groups = Groups((), (2 * few,)) if segment is None else Groups(
         (), (m // segment * 2 * few,), segment, 2 * few)
+    found = []
+    if "buckets" not in decisions:
+        found.append(hashed_tokens(q, k, num_buckets=factors, num_rounds=num_rounds,
+                                   rotations=rotations))
+    if "clusters" not in decisions:
+        found.append(hashed(k, num_buckets=2 * few, num_rounds=1,
+                            rotations=rotations[..., :1, :few]))
+    home = list(arrays.decided(*found)) if found else []
+    both = home.pop(0) if "buckets" not in decisions else require_numbers(
+        "decisions' buckets", decisions["buckets"], (*lead, num_rounds, n + m), math.prod(factors))
+    buckets = both[..., :n], both[..., n:]
     if "clusters" in decisions:
         return Grouping(_remembered(decisions["clusters"], groups, k), None, buckets, width)
-    own = lsh_hash(k, num_buckets=2 * few, num_rounds=1, rotations=rotations[..., :1, :few])
+    own, = home
     place = np.arange(m)
     whole = np.broadcast_to(m if lengths is None else lengths, tuple(lead))[..., None]
     number = 0 * place if segment is None else place // segment
@@ -448,7 +452,7 @@ def selected_tokens(q: Array, k: Array, v: Array, *, grouping: Grouping | None =
 def _choose(q: Array, k: Array, grouping: Grouping, last: np.ndarray, kv_lengths: Any,
             num_candidates: int, options: dict[str, Any]) -> Selection:
     if grouping.buckets is None:
-        return select_tokens(q, k, Index(k, grouping.groups), last, **options)
+        return select_tokens(q, k, grouping.groups, last, **options)
     del options["num_top_clusters"]
     lengths = None if kv_lengths is None else host_array(kv_lengths)[..., None]
     return select_from_buckets(q, k, grouping.buckets, last, num_candidates=num_candidates,

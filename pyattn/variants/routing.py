@@ -27,7 +27,7 @@ from ..features.clustering import Sets
 from ..features.gathering import spread_tokens, take_tokens
 from ..features.normalise import StandardiseSaved, standardise
 from ..features.padding import without_padding
-from ..features.regrouping import regroup
+from ..features.regrouping import Regrouped, regroup, sorted_tokens
 from ..masks.algebra import host_array
 from ..masks.tiled import Listing, Round, between, rounds
 
@@ -210,26 +210,39 @@ def routing_attention(q: Array, k: Array, v: Array, centroids: Array, *, cluster
               for x in (placement.q_lengths, placement.kv_lengths, placement.offset)]
     queries, keys = _flat(xp, normal_q), _flat(xp, _repeated(xp, normal_k, heads))
     given = require_decisions(decisions, ("clusters", "key_clusters", *softmax.DECISIONS))
-    found = []
+    found, there = [], []
     for name, x, lengths in (("clusters", queries, limits[0]), ("key_clusters", keys, limits[1])):
-        shape = x.shape[1:2] if mode == "assign" else (centroids.shape[1], cluster_size)
         lists = given.pop(name, None)
         if lists is None:
             lists = _decide(xp, x, centroids, lengths, mode, cluster_size)
         else:
+            shape = x.shape[1:2] if mode == "assign" else (centroids.shape[1], cluster_size)
             lists = _check_lists(name, lists, (*batch, heads, *shape), mode,
                                  centroids.shape[1] if mode == "assign" else x.shape[1])
-        lists = lists.reshape(len(lengths), *shape)
-        if mode == "top":
-            _check_order(name, lists, lengths)
+            lists = lists.reshape(len(lengths), *shape)
+            if mode == "top":
+                _check_order(name, lists, lengths)
         found.append(lists)
+        if type(lists) is not np.ndarray:
+            there += [lists] + ([sorted_tokens(lists, lengths)] if mode == "assign" else [])
+    home = iter(arrays.decided(*there) if there else ())
+    tokens: list[np.ndarray | None] = [None, None]
+    for side, lists in enumerate(found):
+        if type(lists) is not np.ndarray:
+            found[side] = next(home)
+            tokens[side] = next(home) if mode == "assign" else None
 
     values = _flat(xp, _repeated(xp, wide_v, heads))
     options = {"scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng,
                "return_lse": return_lse, "decisions": given}
-    attend = _assign if mode == "assign" else _top
-    out, attended = attend(xp, queries, keys, values, found, limits, cluster_size,
-                           causal is not False, reference, options)
+    if mode == "assign":
+        grouped = [regroup(lists, lengths, order)
+                   for lists, lengths, order in zip(found, limits[:2], tokens, strict=True)]
+        out, attended = _assign(xp, queries, keys, values, grouped, limits, cluster_size,
+                                causal is not False, options)
+    else:
+        out, attended = _top(xp, queries, keys, values, found, limits, cluster_size,
+                             causal is not False, reference, options)
     clusters, key_clusters = (x.reshape(*batch, heads, *x.shape[1:]) for x in found)
     saved = RoutingSaved(attended, q, k, v, centroids, saved_q, saved_k, mode, clusters,
                          key_clusters)
@@ -271,28 +284,57 @@ def _summed_heads(xp: Any, gradient: Array, shape: tuple[int, ...], heads: int) 
 
 
 def _decide(xp: Any, x: Array, centroids: Array, lengths: np.ndarray, mode: str,
-            size: int) -> np.ndarray:
-    """Return each token's cluster (I, N), or each cluster's tokens (I, C, size)."""
+            size: int) -> Array:
+    """Return each token's cluster (I, N), or each cluster's tokens (I, C, size), int32."""
     acc = arrays.accumulator(xp, x)
     items, n, width = x.shape
     heads, count, _ = centroids.shape
     centroids = arrays.cast(xp, centroids, acc)
+    kernel = dispatch.kernel("clustering", None, x)
+    if not kernel.ON_HOST:
+        x, times = arrays.cast(xp, x, acc), items // max(1, heads)
+        centroids = arrays.reshape(
+            xp, xp.broadcast_to(centroids, (times, heads, count, width)), (items, count, width))
+        inside = xp.arange(n, dtype=xp.int32, device=arrays.device(x)) < arrays.from_host(
+            xp, lengths.astype(np.int32)[:, None], arrays.device(x))
+        if mode == "assign":
+            found = kernel.nearest(x, centroids, xp.zeros_like(centroids[:, :, 0]))
+            # padding is in cluster 0, which nobody looks at
+            return xp.where(inside, found, 0)
+        return _largest_on_device(xp, centroids, x, inside, size)
     if mode == "assign":
         nodes = arrays.reshape(xp, centroids, (heads * count, width))
         first = np.arange(items) % heads * count
         sets = Sets(np.arange(items) * n, lengths, first, np.full(items, count))
         rows = arrays.reshape(xp, arrays.cast(xp, x, acc), (items * n, width))
         none = np.full(items * n, NONE, np.int32)
-        node = dispatch.kernel("clustering", None, rows).nearest(
-            rows, nodes, xp.zeros_like(nodes[:, 0]), sets, lengths > 0, none)
-        # padding is in cluster 0, which nobody looks at
+        node = kernel.nearest(rows, nodes, xp.zeros_like(nodes[:, 0]), sets, lengths > 0, none)
         return np.maximum(node.reshape(items, n) - first[:, None], 0).astype(np.int32)
     found = np.zeros((items, count, size), np.int32)
     for item in range(items):
         products = xp.matmul(centroids[item % heads, ...],
                              xp.matrix_transpose(arrays.cast(xp, x[item, ...], acc)))
-        found[item] = _largest(arrays.to_host(products), int(lengths[item]), size)
+        found[item] = _largest(products, int(lengths[item]), size)
     return found
+
+
+def _largest_on_device(xp: Any, centroids: Array, x: Array, inside: Array, size: int) -> Array:
+    """Return the tokens of the largest products with each centroid, where the tokens live."""
+    from pyattn.kernels.array_api.choice import largest
+    from pyattn.kernels.array_api.clustering import PIECE
+
+    items, n, _ = x.shape
+    count = centroids.shape[1]
+    some = max(1, PIECE // max(1, count * n))
+    parts = [xp.zeros((0, count, size), dtype=xp.int32, device=arrays.device(x))]
+    for item in range(0, items, some):
+        own = slice(item, min(item + some, items))
+        products = xp.matmul(centroids[own, :, :], xp.matrix_transpose(x[own, :, :]))
+        # what is not a number is never among the largest, if others are there
+        products = xp.where(xp.isnan(products), -math.inf, products)
+        eligible = xp.broadcast_to(inside[own, None, :], products.shape)
+        parts.append(largest(products, eligible, size))
+    return xp.concat(parts, axis=0)
 
 
 def _largest(products: np.ndarray, length: int, size: int) -> np.ndarray:
@@ -342,16 +384,16 @@ def _check_order(name: str, lists: np.ndarray, lengths: np.ndarray) -> None:
                           "order, each once, and -1 for none behind them")
 
 
-def _assign(xp: Any, q: Array, k: Array, v: Array, found: list[np.ndarray],
-            limits: list[np.ndarray], size: int, causal: bool, reference: bool,
+def _assign(xp: Any, q: Array, k: Array, v: Array, grouped: list[Regrouped],
+            limits: list[np.ndarray], size: int, causal: bool,
             options: dict[str, Any]) -> tuple[Any, Any]:
     """Let queries see the keys of their cluster that are nearest before them, or around them."""
     q_lengths, kv_lengths, offset = limits
-    queries, keys = regroup(found[0], q_lengths), regroup(found[1], kv_lengths)
+    queries, keys = grouped
     items, n, m = len(offset), q.shape[1], k.shape[1]
     # numbers that ascend from slot to slot, item after item: by cluster, then position
     step = m + 1
-    count = 1 + int(max(found[0].max(initial=0), found[1].max(initial=0)))
+    count = 1 + int(max(queries.label.max(initial=0), keys.label.max(initial=0)))
     base = np.arange(items)[:, None] * (count + 1) * step
     number = np.where(keys.token >= 0, keys.label * step + keys.token, count * step) + base
 
