@@ -11,9 +11,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import inspect
 import operator
 import sys
 import types
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +41,40 @@ calls = collections.defaultdict(set)
 
 synchronisations = collections.Counter()
 """What made the host wait for the device, by its kind."""
+
+crossings = []
+"""Copies between host and device, in order, as `Crossing`."""
+
+WAITING = {"argwhere", "bincount", "compress", "extract", "flatnonzero", "nonzero", "setdiff1d",
+           "setxor1d", "unique", "unique_all", "unique_counts", "unique_inverse", "unique_values"}
+"""Functions whose results have a shape that CuPy must ask the device for."""
+
+
+class Crossing(NamedTuple):
+    """One copy."""
+
+    way: str
+    """How it went: "to device", or what brought it home ("get", "item", "bool", ...)."""
+    dtype: np.dtype
+    nbytes: int
+    by: tuple[str, str, str]
+    """The file and the function that asked for it, and the function that called this one."""
+
+    @classmethod
+    def of(cls, way, x):
+        """Note a copy of `x`, from within the function that is asked for it."""
+        frame = sys._getframe(2)
+        while frame.f_code.co_filename == __file__:
+            frame = frame.f_back
+        names = frame.f_code.co_name, frame.f_back.f_code.co_name
+        crossings.append(cls(way, x.dtype, x.nbytes, (Path(frame.f_code.co_filename).name, *names)))
+
+
+def wait(kind, x):
+    """Note that the host waits for an array of the device."""
+    synchronisations[kind] += 1
+    Crossing.of(kind, x)
+
 
 
 class Device:
@@ -99,11 +136,11 @@ class ndarray:
     mT = property(lambda self: ndarray(self._memory.mT))
 
     def get(self):
-        synchronisations["get"] += 1
+        wait("get", self)
         return self._memory.copy()
 
     def item(self):
-        synchronisations["item"] += 1
+        wait("item", self)
         return self._memory.item()
 
     def astype(self, dtype, order="K", casting="unsafe", subok=None, copy=True):
@@ -141,15 +178,15 @@ class ndarray:
         self._memory[index(key)] = host(value)
 
     def __bool__(self):
-        synchronisations["bool"] += 1
+        wait("bool", self)
         return bool(self._memory)
 
     def __int__(self):
-        synchronisations["int"] += 1
+        wait("int", self)
         return int(self._memory)
 
     def __float__(self):
-        synchronisations["float"] += 1
+        wait("float", self)
         return float(self._memory)
 
     def __repr__(self):
@@ -171,6 +208,8 @@ def index(key):
     """An index, in which CuPy would copy lists and NumPy arrays to the device; they are refused."""
     parts = key if isinstance(key, tuple) else (key,)
     for part in parts:
+        if isinstance(part, ndarray) and part.dtype == bool:
+            synchronisations["index"] += 1
         if not (part is None or part is Ellipsis
                 or isinstance(part, (slice, int, np.integer, ndarray))):
             raise TypeError(f"an index that is copied to the device: {type(part)}")
@@ -242,6 +281,10 @@ def function(name, original):
     @functools.wraps(original)
     def strict(*args, **kwargs):
         calls[name].add((len(args), frozenset(kwargs)))
+        if name in WAITING or (name == "where" and len(args) == 1):
+            synchronisations[name] += 1
+        if name == "repeat" and isinstance(args[1], ndarray):
+            raise TypeError("CuPy repeats by numbers of the host only")
         with np.errstate(all="ignore"):
             return wrapped(original(*map(host, args),
                                     **{key: host(value) for key, value in kwargs.items()}))
@@ -255,7 +298,9 @@ def asarray(obj, dtype=None, order=None, *, blocking=False):
         return ndarray(obj.lent)
     if isinstance(obj, ndarray):
         return obj if dtype is None else obj.astype(dtype, copy=False)
-    return ndarray(np.array(obj, dtype))
+    copy = np.array(obj, dtype)
+    Crossing.of("to device", copy)
+    return ndarray(copy)
 
 
 def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocking=False):
@@ -292,6 +337,17 @@ def module(capability=(7, 0)):
         is_hip=False, getDevice=lambda: 0, getDeviceCount=lambda: 1,
         getDeviceProperties=lambda number: properties)
     return cupy
+
+
+def require_signatures(real):
+    """Raise an error unless the real CuPy has what was called, and takes its arguments."""
+    for name, ways in calls.items():
+        try:
+            signature = inspect.signature(getattr(real, name))
+        except (TypeError, ValueError):     # ufuncs have none
+            continue
+        for count, keywords in ways:
+            signature.bind(*[None] * count, **dict.fromkeys(keywords))
 
 
 @contextlib.contextmanager
