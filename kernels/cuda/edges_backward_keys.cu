@@ -1,0 +1,114 @@
+// edges_backward_keys.cu -- gradients of keys and values: sums over the queries that list a key, of
+// what edges_backward_queries.cu kept. A warp does a key for all heads of its group, one after the
+// other.
+#include "edges.cuh"
+#include "edges_kept.cuh"
+
+struct KeysArguments {
+    Operand q;              // (batch, heads, n, d)
+    Operand dout;           // (batch, heads, n, e)
+    Operand dk;             // (batch, groups, m, d), or 0 with q
+    Operand dv;             // (batch, groups, m, e)
+    const i64* start;       // (lists, m + 1): offsets into `query` and `edge`
+    const int* query;
+    const int* edge;        // which edge of its list it is
+    const int* list;        // (batch, heads)
+    const int* line;        // (batch, groups)
+    const Kept* kept;
+    const i64* kept_at;     // (batch, heads)
+    Pieces pieces;          // lines are the lists of a group's heads
+    Sum* dk_parts;          // (batch, groups, slots, dk_width)
+    Sum* dv_parts;
+    Sum scale;
+    int dk_width, dv_width, heads, groups, m, d, e;
+    int blocks;             // of threads, for each group
+};
+
+// The entries of a key in the list of a head, counted as in `list`.
+DEVICE void find_entries(const KeysArguments& a, i64 head, int key, Task& task) {
+    const i64* start = a.start + i64(a.list[head]) * (a.m + 1) + key;
+    task.first = start[0];
+    task.last = start[1];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+edges_backward_keys(const __grid_constant__ KeysArguments a) {
+    const int pair = blockIdx.x / a.blocks;
+    const int item = pair / a.groups;
+    const int group = pair % a.groups;
+    const int share = a.heads / a.groups;
+    const i64 first_head = i64(pair) * share;
+    const int number = task_number(a.blocks);
+    Task task;
+    if (number < a.pieces.slots) {
+        if (!find_piece(a.pieces, a.line[pair], number, task))
+            return;
+    } else {
+        task = {0, 0, number - a.pieces.slots, -1, 0};
+        if (task.row >= a.m)
+            return;
+        i64 count = 0;
+        for (int r = 0; r < share; r++) {
+            find_entries(a, first_head + r, task.row, task);
+            count += task.last - task.first;
+        }
+        if (count > a.pieces.most)
+            return;
+    }
+
+    Numbers<D_NUMBERS> dk;
+    Numbers<E_NUMBERS> dv;
+    clear(dk);
+    clear(dv);
+    const int members = task.slot < 0 ? share : task.member + 1;
+    _Pragma("unroll 1")
+    for (int r = task.member; r < members; r++) {
+        if (task.slot < 0)
+            find_entries(a, first_head + r, task.row, task);
+        const Stored* q = a.q.head(item, group * share + r);
+        const Stored* dout = a.dout.head(item, group * share + r);
+        const Kept* kept = a.kept + a.kept_at[first_head + r];
+        _Pragma("unroll 1")
+        for (i64 from = task.first; from < task.last; from += STEP) {
+            Kept own[AT_ONCE];
+            Chunks<D_CHUNKS> q_row[AT_ONCE];
+            Chunks<E_CHUNKS> dout_row[AT_ONCE];
+            UNROLL
+            for (int u = 0; u < AT_ONCE; u++) {
+                const i64 entry = from + u * TEAMS + team_number();
+                const bool there = entry < task.last;
+                const i64 query = there ? a.query[entry] : 0;
+                own[u] = {NOT_SEEN, 0};
+                if (there)
+                    own[u] = kept[a.edge[entry]];
+                read_row(q_row[u], q + query * a.q.n, a.d, there);
+                read_row(dout_row[u], dout + query * a.dout.n, a.e, there);
+            }
+            UNROLL
+            for (int u = 0; u < AT_ONCE; u++) {
+                if (own[u].weight == NOT_SEEN)
+                    continue;
+                // forward: out = p v
+                add_row(dv, own[u].weight, dout_row[u]);
+                // forward: product = scale (q k)
+                add_row(dk, own[u].dproduct, q_row[u]);
+            }
+        }
+    }
+
+    sum_teams(dk);
+    sum_teams(dv);
+    UNROLL
+    for (int i = 0; i < D_NUMBERS; i++)
+        dk.x[i] *= a.scale;
+    if (task.slot < 0) {
+        if (a.dk.at)
+            write_row<D_CHUNKS>(a.dk.head(item, group) + task.row * a.dk.n, dk, a.d);
+        write_row<E_CHUNKS>(a.dv.head(item, group) + task.row * a.dv.n, dv, a.e);
+    } else {
+        const i64 part = i64(pair) * a.pieces.slots + task.slot;
+        if (a.dk.at)
+            write_part<D_CHUNKS>(a.dk_parts + part * a.dk_width, dk, a.d);
+        write_part<E_CHUNKS>(a.dv_parts + part * a.dv_width, dv, a.e);
+    }
+}
