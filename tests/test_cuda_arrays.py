@@ -286,6 +286,20 @@ def test_softmax_kernels_meet_no_array_of_the_host(name, strict_device):
     assert strict_device.launches
 
 
+def test_kernels_of_listed_keys_meet_no_array_of_the_host(strict_device):
+    """And without waiting for the device."""
+    for name in ("graph_attention", "gat_attention", "bp_attention"):
+        operation, args, options = CALLS[name]
+        with pyattn.use_backend("cpu"):
+            want = both_ways(operation, args, options)
+        before = dict(strict_cupy.synchronisations)
+        got = both_ways(operation, on_device(args), options)
+        assert strict_cupy.synchronisations == before
+        for a, b in zip(leaves(on_host(got)), leaves(on_host(want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert "edges_backward_keys" in {name for name, _ in strict_device.launches}
+
+
 # dispatch
 
 

@@ -25,7 +25,8 @@ enum {
 };
 
 struct Piece {
-    i64 first, last;
+    i64 first;                  // of its entries
+    int count;
     int row;
     int member;                 // which of the group's heads the entries are of
 };
@@ -34,7 +35,7 @@ struct Piece {
 struct Pieces {
     const Piece* pieces;
     const i64* start;           // (lines + 1,): offsets into `pieces`
-    i64 most;
+    int most;
     int slots;                  // pieces of a line, at most
 };
 
@@ -58,7 +59,8 @@ struct Problem {
 
 // What a warp is to do.
 struct Task {
-    i64 first, last;
+    i64 first;                  // of the entries
+    int count;
     int row;
     int slot;                   // where the sums of a piece go; -1: it is no piece
     int member;
@@ -231,7 +233,7 @@ DEVICE bool find_piece(const Pieces& pieces, int line, int number, Task& task) {
     if (at >= pieces.start[line + 1])
         return false;
     const Piece piece = pieces.pieces[at];
-    task = {piece.first, piece.last, piece.row, number, piece.member};
+    task = {piece.first, piece.count, piece.row, number, piece.member};
     return true;
 }
 
@@ -244,29 +246,31 @@ DEVICE bool find_query(const Problem& p, int list, Task& task) {
     if (query >= p.n)
         return false;
     const i64* start = p.start + i64(list) * (p.n + 1) + query;
-    task = {start[0], start[1], query, -1, 0};
-    return task.last - task.first <= p.pieces.most;
+    task = {start[0], int(start[1] - start[0]), query, -1, 0};
+    return task.count <= p.pieces.most;
 }
 
 // ---- scores
 
 // The AT_ONCE entries of a step that a team has, and the keys' rows.
 struct Listed {
-    i64 entry[AT_ONCE];
+    int entry[AT_ONCE];         // counted from the task's first
     bool there[AT_ONCE];
     Chunks<D_CHUNKS> k[AT_ONCE];
     Chunks<E_CHUNKS> v[AT_ONCE];
 };
 
-DEVICE void read_listed(Listed& listed, const Problem& p, const Run& run, i64 from, i64 last) {
+DEVICE void read_listed(Listed& listed, const Problem& p, const Run& run, const Task& task,
+                        int from) {
+    const int* keys = p.key + task.first;
     const Stored* k = p.k.head(run.item, run.group);
     const Stored* v = p.v.head(run.item, run.group);
     i64 key[AT_ONCE];
     UNROLL
     for (int u = 0; u < AT_ONCE; u++) {
         listed.entry[u] = from + u * TEAMS + team_number();
-        listed.there[u] = listed.entry[u] < last;
-        key[u] = listed.there[u] ? p.key[listed.entry[u]] : 0;
+        listed.there[u] = listed.entry[u] < task.count;
+        key[u] = listed.there[u] ? keys[listed.entry[u]] : 0;
     }
     UNROLL
     for (int u = 0; u < AT_ONCE; u++) {

@@ -14,7 +14,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,8 @@ from .layout import (
 from .softmax import contiguous
 from .tilings import item_bytes
 
+Made = TypeVar("Made")
+
 THREADS = 128
 WARPS = THREADS // 32
 
@@ -46,10 +48,10 @@ WIDEST = 512
 """The most columns that the lanes of a warp hold in registers."""
 
 HELD_BYTES = 256
-"""What a lane may hold of rows of heads that it does together; that of one head may be more."""
+"""How much a lane may hold of rows of heads that it does together; of one head it may be more."""
 
-READ_BYTES = 128
-"""How much a lane asks for at a time, if the rows are not wider."""
+READ_CHUNKS = 8
+"""How many chunks of listed rows a lane asks for at a time, if a key's are not more already."""
 
 PIECE_EDGES = 256
 """Entries of a list, at least, that a piece has, but for the last piece of a list."""
@@ -59,28 +61,33 @@ PIECES = 64
 
 
 class Tiling(NamedTuple):
-    """How a warp divides its work; see edges.cuh for what the numbers are."""
+    """How a warp divides its work, see edges.cuh, and how many blocks a multiprocessor holds."""
 
     lanes: int
     d_chunks: int
     e_chunks: int
     heads: int
     at_once: int
+    blocks: int
 
 
 @functools.lru_cache(maxsize=256)
-def tiling(name: str, d: int, e: int, heads: int, generic: bool = False) -> Tiling:
+def tiling(name: str, d: int, e: int, heads: int, backward: bool, generic: bool = False) -> Tiling:
     """Return how warps do rows of widths `d` and `e` for up to `heads` heads that share a list."""
     of_d, of_e = (-(-width * item_bytes(name) // CHUNK_BYTES) for width in (d, e))
     lanes = 8 if generic else min(32, power_of_two(max(of_d, of_e)))
-    of_d, of_e = -(-of_d // lanes), max(1, -(-of_e // lanes))
+    of_d, of_e = -(-of_d // lanes), -(-of_e // lanes)
     if generic:
         of_d = of_e = max(of_d, of_e)
-    held = (of_d + of_e) * CHUNK_BYTES // item_bytes(name) * (8 if name == "float64" else 4)
+    # rows of q and out; of q, dq and dout
+    sums = (2 * of_d if backward else of_d) + of_e
+    held = sums * CHUNK_BYTES // item_bytes(name) * np.dtype(sum_type(name)).itemsize
     together = max(x for x in (1, 2, 4) if x == 1 or x * held <= HELD_BYTES)
-    at_once = max(1, min(4, READ_BYTES // (CHUNK_BYTES * (of_d + of_e))))
-    return Tiling(lanes, of_d, of_e, together if generic else min(together, power_of_two(heads)),
-                  at_once)
+    together = together if generic else min(together, power_of_two(heads))
+    at_once = min(4, READ_CHUNKS // (of_d + of_e), 2 * HELD_BYTES // (together * held))
+    # so many that no register is spilled
+    blocks = 4 if held <= 192 and together == 1 else 3 if together * held <= HELD_BYTES else 2
+    return Tiling(lanes, of_d, of_e, together, max(1, at_once), blocks)
 
 
 def power_of_two(x: int) -> int:
@@ -91,7 +98,8 @@ def power_of_two(x: int) -> int:
 def kernel(name: str, file: str, tiling: Tiling, **more: int) -> Kernel:
     """Return a kernel of `file`, which has one function of the same name."""
     macros = {"ELEMENT": ELEMENTS[name], "LANES": tiling.lanes, "D_CHUNKS": tiling.d_chunks,
-              "E_CHUNKS": tiling.e_chunks, "AT_ONCE": tiling.at_once, "THREADS": THREADS, **more}
+              "E_CHUNKS": tiling.e_chunks, "AT_ONCE": tiling.at_once, "BLOCKS": tiling.blocks,
+              "THREADS": THREADS, **more}
     return Kernel(f"{file}.cu", file, tuple(macros.items()), THREADS)
 
 
@@ -123,10 +131,9 @@ def refuses(problem: Any) -> str | None:
 # what is made of the lists on the host
 
 RUN = struct(*fields("i4", "item group head count list"))
-PIECE = struct(*fields("i8", "first last"), *fields("i4", "row member"))
+PIECE = struct(*fields("i8", "first"), *fields("i4", "count row member"))
 DIVIDED = struct(*fields("i4", "row first last"))
-PIECES_STRUCT = struct(*fields("u8", "pieces start"), *fields("i8", "most"),
-                       *fields("i4", "slots"))
+PIECES_STRUCT = struct(*fields("u8", "pieces start"), *fields("i4", "most slots"))
 
 
 class Pieces(NamedTuple):
@@ -166,7 +173,7 @@ def pieces(start: np.ndarray, members: np.ndarray, most: int) -> Pieces:
     found = np.zeros(len(owner), PIECE)
     found["row"], found["member"] = row[owner], member
     found["first"] = begin[owner, member] + order * most
-    found["last"] = np.minimum(found["first"] + most, end[owner, member])
+    found["count"] = np.minimum(most, end[owner, member] - found["first"])
     lines = np.arange(len(members) + 1)
     piece_start, divided_start = (np.searchsorted(x, lines) for x in (line[owner], line))
     divided = np.zeros(len(row), DIVIDED)
@@ -182,63 +189,83 @@ def piece_edges(edges: Any, device: Device) -> int:
     return max(PIECE_EDGES, -(-edges.pairs // (PIECES * device.multiprocessors)))
 
 
-def list_ends(edges: Any) -> np.ndarray:
-    """Return where the edges of each head's list begin among those of all heads, and the end."""
-    counts = edges.start[:, -1] - edges.start[:, 0]
-    return np.append(0, counts[edges.owner].reshape(-1).cumsum()).astype(np.int64)
+def kept_at(edges: Any) -> np.ndarray:
+    """Return where each head's edges begin among those of all heads, int64 (B * H,)."""
+    counts = (edges.start[:, -1] - edges.start[:, 0])[edges.owner].reshape(-1)
+    return counts.cumsum(dtype=np.int64) - counts
 
 
 # the same on the device, where it stays as long as the lists live
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Copies of host arrays by name, and what launches ask about them."""
+class Lines:
+    """Lists as warps walk them: copies of host arrays by name, and what is cut into pieces."""
 
     arrays: dict[str, Array]
     pieces: Pieces
-    runs: int = 0
 
 
-_tables: weakref.WeakKeyDictionary[Any, dict[Any, Table]] = weakref.WeakKeyDictionary()
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Heads that share a list and a key/value head."""
+
+    array: Array
+    """RUN (count,), as bytes."""
+    count: int
+    longest: int
+    """How many heads a run has, at most."""
 
 
-def table(device: Device, edges: Any, make: Callable[..., Table], *options: int) -> Table:
-    """Return ``make(device, edges, *options)``, once for each lists, device and stream."""
-    known = _tables.setdefault(edges, {})
-    key = (device, device.stream, make, *options, piece_edges(edges, device))
+_known: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def once(make: Callable[..., Made], device: Device, edges: Any, *options: int) -> Made:
+    """Return ``make(device, edges, *options)``, made once for a device, its stream and `edges`."""
+    known = _known.setdefault(edges, {})
+    key = (make, device, device.stream, *options)
     if key not in known:
         known[key] = make(device, edges, *options)
     return known[key]
 
 
-def copies(device: Device, found: Pieces, **more: np.ndarray) -> dict[str, Array]:
-    """Return copies of arrays by name, those of pieces among them."""
-    every = {**more, "pieces": found.pieces, "piece_start": found.start, "divided": found.divided,
-             "divided_start": found.divided_start}
-    return {name: device.constant(np.ascontiguousarray(x)) for name, x in every.items()}
+def copied(device: Device, x: np.ndarray) -> Array:
+    """Return a copy of a host array; of records, which array libraries may not know, the bytes."""
+    x = np.ascontiguousarray(x)
+    return device.constant(x.view(np.uint8) if x.dtype.names else x)
 
 
-def queries_table(device: Device, edges: Any, groups: int, heads: int) -> Table:
-    """Return what kernels that own queries read, for runs of up to `heads` heads."""
-    lists = np.arange(len(edges.start))[:, None]
-    found = pieces(edges.start, lists, piece_edges(edges, device))
-    runs = edges.runs(groups, heads)
+def lines_of(device: Device, start: np.ndarray, members: np.ndarray, line: np.ndarray, most: int,
+             **more: np.ndarray) -> Lines:
+    """Return lists of which `line` tells, of each head or group, which of them it walks."""
+    found = pieces(start, members, most)
+    arrays = {**more, "start": start, "line": line.astype(np.int32), "pieces": found.pieces,
+              "piece_start": found.start, "divided": found.divided,
+              "divided_start": found.divided_start}
+    return Lines({name: copied(device, x) for name, x in arrays.items()}, found)
+
+
+def lines_of_queries(device: Device, edges: Any, most: int) -> Lines:
+    """Return what kernels that own queries walk: one list for each head."""
+    each = np.arange(len(edges.start))[:, None]
+    return lines_of(device, edges.start, each, edges.owner, most, key=edges.key,
+                    kept_at=kept_at(edges))
+
+
+def lines_of_keys(device: Device, edges: Any, most: int, groups: int) -> Lines:
+    """Return what the kernel that owns keys walks: the lists of all heads of a group."""
+    by_key, own = edges.by_key, edges.owner.reshape(len(edges.owner) * groups, -1)
+    members, line = np.unique(own, axis=0, return_inverse=True)
+    return lines_of(device, by_key.start, members, line.reshape(-1), most, query=by_key.query,
+                    edge=by_key.edge, list=edges.owner, kept_at=kept_at(edges))
+
+
+def runs_of(device: Device, edges: Any, groups: int, most: int) -> Runs:
+    """Return the runs of at most `most` heads."""
+    runs = edges.runs(groups, most)
     record = np.zeros(len(runs), RUN)
     for name, column in zip(RUN.names or (), runs.T, strict=True):
         record[name] = column
-    return Table(copies(device, found, start=edges.start, key=edges.key, runs=record,
-                        list=edges.owner, kept_at=list_ends(edges)), found, len(runs))
-
-
-def keys_table(device: Device, edges: Any, groups: int) -> Table:
-    """Return what the kernel that owns keys reads."""
-    by_key = edges.by_key
-    own = edges.owner.reshape(edges.owner.shape[0] * groups, -1)
-    members, line = np.unique(own, axis=0, return_inverse=True)
-    found = pieces(by_key.start, members, piece_edges(edges, device))
-    return Table(copies(device, found, start=by_key.start, query=by_key.query, edge=by_key.edge,
-                        list=edges.owner, line=line.reshape(-1).astype(np.int32),
-                        kept_at=list_ends(edges)), found)
+    return Runs(copied(device, record), len(runs), int(record["count"].max(initial=1)))
 
 
 # launches
@@ -246,9 +273,9 @@ def keys_table(device: Device, edges: Any, groups: int) -> Table:
 class Call(Keeper):
     """A problem as launches need it: device, dtype, and arrays that kernels can read."""
 
-    def __init__(self, p: Any) -> None:
+    def __init__(self, p: Any, backward: bool) -> None:
         super().__init__(devices.of(p.v))
-        self.p, self.name = p, dtype_name(p.v)
+        self.p, self.name, self.backward = p, dtype_name(p.v), backward
         self.sums = sum_type(self.name)
         self.batch, self.heads = p.edges.owner.shape
         self.n = p.edges.start.shape[1] - 1
@@ -256,83 +283,81 @@ class Call(Keeper):
         self.d = 0 if p.q is None else p.q.shape[3]
         self.q, self.k, self.v = (None if x is None else readable(self.device, x)
                                   for x in (p.q, p.k, p.v))
-        shared = max(1, self.heads // max(1, self.groups))
-        generic = self.device.generic
-        self.softcap = generic or p.softcap is not None
-        most = tiling(self.name, self.d, self.e, shared, generic).heads
-        longest = int(p.edges.runs(self.groups, most)[:, 3].max(initial=1))
-        self.tiling = tiling(self.name, self.d, self.e, longest, generic)
+        self.softcap = self.device.generic or p.softcap is not None
+        self.most = piece_edges(p.edges, self.device)
+        self.lines = once(lines_of_queries, self.device, p.edges, self.most)
+        self.runs = once(runs_of, self.device, p.edges, self.groups,
+                         self.tiling(self.heads // max(1, self.groups)).heads)
+
+    def tiling(self, heads: int) -> Tiling:
+        """Return how a warp does up to `heads` heads that share a list."""
+        return tiling(self.name, self.d, self.e, heads, self.backward, self.device.generic)
+
+    def empty(self, *shape: int) -> Array:
+        """Return an array of sums."""
+        return self.device.empty(shape, np.dtype(self.sums))
+
+    def parts(self, lines: Lines, count: int, width: int) -> Array:
+        """Return room for what the pieces of `count` lines find, (count, slots, width)."""
+        return self.empty(count, lines.pieces.slots, roomy_width(width, self.p.v.dtype))
+
+    def fill(self, arguments: np.ndarray, **arrays: Array | None) -> None:
+        """Write into a struct where arrays are, as its fields are: 0 where there is nothing."""
+        for name, x in arrays.items():
+            there = x is not None and math.prod(x.shape) > 0
+            if arguments.dtype[name] == OPERAND:
+                arguments[name] = operand(self.device, x) if there else (0, 0, 0, 0)
+            else:
+                arguments[name] = self.address(x) if there else 0
+
+    def pieces(self, lines: Lines) -> np.ndarray:
+        """Return the struct Pieces."""
+        record = np.zeros((), PIECES_STRUCT)
+        self.fill(record, pieces=lines.arrays["pieces"], start=lines.arrays["piece_start"])
+        record["most"], record["slots"] = lines.pieces.most, lines.pieces.slots
+        return record
 
     @property
-    def acc(self) -> np.dtype:
-        """The dtype of sums."""
-        return np.dtype(self.sums)
-
-    def operand(self, x: Array | None) -> tuple[int, int, int, int]:
-        """Return the OPERAND of an array; that of None is 0."""
-        return (0, 0, 0, 0) if x is None else operand(self.device, x)
-
-    def held(self, x: Array) -> int:
-        """Return where an array is, or 0 if it has no elements."""
-        return self.address(x) if math.prod(x.shape) else 0
-
-    def pieces(self, of: Table) -> tuple[int, int, int, int]:
-        """Return the struct Pieces."""
-        return (self.held(of.arrays["pieces"]), self.held(of.arrays["piece_start"]),
-                of.pieces.most, of.pieces.slots)
-
-    @functools.cached_property
-    def queries(self) -> Table:
-        """The lists as kernels that own queries read them."""
-        return table(self.device, self.p.edges, queries_table, self.groups, self.tiling.heads)
-
-    @functools.cached_property
-    def blocks(self) -> int:
-        """Blocks of threads that do the queries of a run."""
-        return -(-(self.n + self.queries.pieces.slots) // WARPS)
-
-    @functools.cached_property
     def problem(self) -> np.ndarray:
         """The problem's struct."""
         p, record = self.p, np.zeros((), problem_struct(self.sums))
-        for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
-            record[name] = self.operand(x)
-        for name in ("start", "key", "runs"):
-            record[name] = self.held(self.queries.arrays[name])
-        if p.bias is not None and math.prod(p.bias.shape):
-            bias = contiguous(as_sums(p.bias, self.name))
-            record["bias"] = self.address(bias)
-            record["bias_b"], record["bias_h"] = (
-                0 if size == 1 else stride // bias.itemsize
-                for size, stride in zip(bias.shape[:2], bias.strides[:2], strict=True))
-        record["pieces"] = self.pieces(self.queries)
+        bias = None if p.bias is None else contiguous(as_sums(p.bias, self.name))
+        self.fill(record, q=self.q, k=self.k, v=self.v, bias=bias, runs=self.runs.array,
+                  **{name: self.lines.arrays[name] for name in ("start", "key")})
+        if bias is not None:
+            record["bias_b"], record["bias_h"] = steps(bias)
+        record["pieces"] = self.pieces(self.lines)
         record["scale"], record["softcap"] = p.scale, p.softcap or 0.0
-        for name in ("heads", "n", "d", "e", "blocks"):
+        for name in ("heads", "n", "d", "e"):
             record[name] = getattr(self, name)
+        record["blocks"] = self.blocks
         return record
 
-    def parts(self, rows: int, slots: int, width: int) -> Array:
-        """Return room for what the pieces of `rows` lines find."""
-        return self.device.empty((rows, slots, roomy_width(width, self.p.v.dtype)), self.acc)
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads that do the queries of a run."""
+        return -(-(self.n + self.lines.pieces.slots) // WARPS)
 
-    def join(self, of: Table, line: str, result: Array, parts: Array, part_lse: Array | None = None,
+    def launch_queries(self, file: str, arguments: np.ndarray) -> None:
+        """Launch a kernel that owns queries; this fills in the problem."""
+        arguments["problem"] = self.problem
+        found = queries_kernel(self.name, file, self.tiling(self.runs.longest), self.softcap)
+        self.device.launch(found, self.runs.count * self.blocks, arguments, 0)
+
+    def join(self, lines: Lines, result: Array | None, parts: Array, part_lse: Array | None = None,
              lse: Array | None = None) -> None:
         """Put together what pieces found, for the rows of `result` (B, heads, n, width)."""
-        most = int(np.diff(of.pieces.divided_start).max(initial=0))
-        if not most:
+        if result is None or not lines.pieces.slots:
             return
         arguments = np.zeros((), struct(
             *fields("u8", "divided start line parts part_lse"), ("result", OPERAND),
             *fields("u8", "lse"), *fields("i4", "heads n slots width columns most")))
-        for name, x in (("divided", of.arrays["divided"]), ("start", of.arrays["divided_start"]),
-                        ("line", of.arrays[line]), ("parts", parts), ("part_lse", part_lse),
-                        ("lse", lse)):
-            arguments[name] = 0 if x is None else self.held(x)
-        arguments["result"] = self.operand(result)
+        self.fill(arguments, divided=lines.arrays["divided"], start=lines.arrays["divided_start"],
+                  line=lines.arrays["line"], parts=parts, part_lse=part_lse, result=result, lse=lse)
         _, arguments["heads"], arguments["n"], arguments["columns"] = result.shape
-        arguments["slots"], arguments["width"] = parts.shape[1:]
-        arguments["most"] = most
-        self.device.launch(join_kernel(self.name), len(parts) * most, arguments, 0)
+        count, arguments["slots"], arguments["width"] = parts.shape
+        arguments["most"] = most = int(np.diff(lines.pieces.divided_start).max())
+        self.device.launch(join_kernel(self.name), count * most, arguments, 0)
 
 
 @functools.cache
@@ -340,110 +365,97 @@ def problem_struct(sums: str) -> np.dtype:
     """Return the struct Problem of edges.cuh."""
     return struct(("q", OPERAND), ("k", OPERAND), ("v", OPERAND),
                   *fields("u8", "start key runs bias"), *fields("i8", "bias_b bias_h"),
-                  ("pieces", PIECES_STRUCT),
-                  *fields(sums, "scale softcap"), *fields("i4", "heads n d e blocks"))
+                  ("pieces", PIECES_STRUCT), *fields(sums, "scale softcap"),
+                  *fields("i4", "heads n d e blocks"))
+
+
+def steps(x: Array) -> tuple[int, int]:
+    """Return how far apart items and heads of (b, h, edges) are: those that are shared, not."""
+    return (0 if x.shape[0] == 1 else x.shape[1] * x.shape[2],
+            0 if x.shape[1] == 1 else x.shape[2])
 
 
 def forward(problem: Any) -> tuple[Array, Array]:
     """Return out (B, H, N, E) in the dtype of v, and lse (B, H, N)."""
-    p, call = problem, Call(problem)
-    device = call.device
-    out = roomy(device, (call.batch, call.heads, call.n, call.e), p.v.dtype)
-    lse = device.empty(out.shape[:3], call.acc)
+    call = Call(problem, backward=False)
+    out = roomy(call.device, (call.batch, call.heads, call.n, call.e), problem.v.dtype)
+    lse = call.empty(*out.shape[:3])
     if 0 in lse.shape:
         return out, lse
-    of, lines = call.queries, call.batch * call.heads
-    parts = call.parts(lines, of.pieces.slots, call.e)
-    part_lse = device.empty(parts.shape[:2], call.acc)
+    parts = call.parts(call.lines, call.batch * call.heads, call.e)
+    part_lse = call.empty(*parts.shape[:2])
     arguments = np.zeros((), struct(
         ("problem", problem_struct(call.sums)), ("out", OPERAND),
         *fields("u8", "lse parts part_lse"), *fields("i4", "width")))
-    arguments["problem"], arguments["out"] = call.problem, call.operand(out)
-    for name, x in (("lse", lse), ("parts", parts), ("part_lse", part_lse)):
-        arguments[name] = call.held(x)
+    call.fill(arguments, out=out, lse=lse, parts=parts, part_lse=part_lse)
     arguments["width"] = parts.shape[2]
-    device.launch(queries_kernel(call.name, "edges_forward", call.tiling, call.softcap),
-                  of.runs * call.blocks, arguments, 0)
-    call.join(of, "list", out, parts, part_lse, lse)
+    call.launch_queries("edges_forward", arguments)
+    call.join(call.lines, out, parts, part_lse, lse)
     return out, lse
 
 
 def backward(problem: Any, dout: Array, out: Array, lse: Array,
              dlse: Array | None) -> dict[str, Array]:
     """Return the gradients by argument; that of the bias is (copies, H, edges)."""
-    p, call = problem, Call(problem)
+    p, call = problem, Call(problem, backward=True)
     device = call.device
     found = {name: roomy(device, x.shape, p.v.dtype)
              for name, x in (("q", p.q), ("k", p.k), ("v", p.v)) if x is not None}
     if p.bias is not None:
         # edges of lists that a head does not read have no gradient
-        found["bias"] = device.zeros((p.copies, call.heads, len(p.edges.key)), call.acc)
+        found["bias"] = device.zeros((p.copies, call.heads, len(p.edges.key)), np.dtype(call.sums))
     if 0 in lse.shape:
         for x in found.values():
             x[...] = 0
         return found
     dout, out = readable(device, dout), readable(device, out)
     lse, dlse = (None if x is None else contiguous(as_sums(x, call.name)) for x in (lse, dlse))
-    kept = device.empty((p.edges.pairs, 2), call.acc)
-    launch_queries(call, found, dout, out, lse, dlse, kept)
+    of_edges = call.empty(p.edges.pairs, 2)
+    launch_queries(call, found, dout, out, lse, dlse, of_edges)
     if call.m:
-        launch_keys(call, found, dout, kept)
+        launch_keys(call, found, dout, of_edges)
     return found
 
 
 def launch_queries(call: Call, found: dict[str, Array], dout: Array, out: Array, lse: Array,
-                   dlse: Array | None, kept: Array) -> None:
-    """Compute the gradients of q and of the bias, and what is kept of the edges."""
-    p, of, dq, dbias = call.p, call.queries, found.get("q"), found.get("bias")
-    parts = call.parts(call.batch * call.heads, of.pieces.slots, call.d)
+                   dlse: Array | None, of_edges: Array) -> None:
+    """Compute the gradients of q and of the bias, and what the keys' gradients are sums of."""
+    dq, dbias = found.get("q"), found.get("bias")
+    parts = call.parts(call.lines, call.batch * call.heads, call.d)
     arguments = np.zeros((), struct(
         ("problem", problem_struct(call.sums)), ("dout", OPERAND), ("out", OPERAND),
         ("dq", OPERAND), *fields("u8", "lse dlse dbias"), *fields("i8", "dbias_b dbias_h"),
         *fields("u8", "kept kept_at parts"), *fields("i4", "width")))
-    arguments["problem"] = call.problem
-    for name, x in (("dout", dout), ("out", out), ("dq", dq)):
-        arguments[name] = call.operand(x)
-    for name, x in (("lse", lse), ("dlse", dlse), ("dbias", dbias), ("kept", kept),
-                    ("kept_at", of.arrays["kept_at"]), ("parts", parts)):
-        arguments[name] = 0 if x is None else call.held(x)
+    call.fill(arguments, dout=dout, out=out, dq=dq, lse=lse, dlse=dlse, dbias=dbias, kept=of_edges,
+              kept_at=call.lines.arrays["kept_at"], parts=parts)
     if dbias is not None:
-        arguments["dbias_h"] = dbias.shape[2]
-        arguments["dbias_b"] = dbias.shape[1] * dbias.shape[2] if p.copies > 1 else 0
+        arguments["dbias_b"], arguments["dbias_h"] = steps(dbias)
     arguments["width"] = parts.shape[2]
-    call.device.launch(
-        queries_kernel(call.name, "edges_backward_queries", call.tiling, call.softcap),
-        of.runs * call.blocks, arguments, 0)
-    if dq is not None:
-        call.join(of, "list", dq, parts)
+    call.launch_queries("edges_backward_queries", arguments)
+    call.join(call.lines, dq, parts)
 
 
-def launch_keys(call: Call, found: dict[str, Array], dout: Array, kept: Array) -> None:
+def launch_keys(call: Call, found: dict[str, Array], dout: Array, of_edges: Array) -> None:
     """Compute the gradients of k and v."""
-    device, dk, dv = call.device, found.get("k"), found["v"]
-    pairs = call.batch * call.groups
-    of = table(device, call.p.edges, keys_table, call.groups)
-    slots = of.pieces.slots
-    dk_parts, dv_parts = (call.parts(pairs, slots, width) for width in (call.d, call.e))
+    dk, dv, pairs = found.get("k"), found["v"], call.batch * call.groups
+    lines = once(lines_of_keys, call.device, call.p.edges, call.most, call.groups)
+    dk_parts, dv_parts = (call.parts(lines, pairs, width) for width in (call.d, call.e))
     arguments = np.zeros((), struct(
         ("q", OPERAND), ("dout", OPERAND), ("dk", OPERAND), ("dv", OPERAND),
         *fields("u8", "start query edge list line kept kept_at"), ("pieces", PIECES_STRUCT),
         *fields("u8", "dk_parts dv_parts"), *fields(call.sums, "scale"),
         *fields("i4", "dk_width dv_width heads groups m d e blocks")))
-    for name, x in (("q", call.q), ("dout", dout), ("dk", dk), ("dv", dv)):
-        arguments[name] = call.operand(x)
-    for name in ("start", "query", "edge", "list", "line", "kept_at"):
-        arguments[name] = call.held(of.arrays[name])
-    for name, x in (("kept", kept), ("dk_parts", dk_parts), ("dv_parts", dv_parts)):
-        arguments[name] = call.held(x)
-    arguments["pieces"], arguments["scale"] = call.pieces(of), call.p.scale
+    call.fill(arguments, q=call.q, dout=dout, dk=dk, dv=dv, kept=of_edges, dk_parts=dk_parts,
+              dv_parts=dv_parts, **{name: lines.arrays[name] for name in (
+                  "start", "query", "edge", "list", "line", "kept_at")})
+    arguments["pieces"], arguments["scale"] = call.pieces(lines), call.p.scale
     arguments["dk_width"], arguments["dv_width"] = dk_parts.shape[2], dv_parts.shape[2]
     for name in ("heads", "groups", "m", "d", "e"):
         arguments[name] = getattr(call, name)
-    arguments["blocks"] = blocks = -(-(call.m + slots) // WARPS)
-    device.launch(keys_kernel(call.name, call.tiling), pairs * blocks, arguments, 0)
-    for x, parts in ((dk, dk_parts), (dv, dv_parts)):
-        if x is not None:
-            call.join(of, "line", x, parts)
+    arguments["blocks"] = blocks = -(-(call.m + lines.pieces.slots) // WARPS)
+    call.device.launch(keys_kernel(call.name, call.tiling(1)), pairs * blocks, arguments, 0)
+    call.join(lines, dk, dk_parts)
+    call.join(lines, dv, dv_parts)
 
 
 def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
@@ -452,16 +464,13 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
     For the widths at which lanes hold most, and for scores that are the bias alone.
     """
     for name, d, e, heads, architecture, softcap in (
-            ("bfloat16", 64, 64, 4, "sm_90", False), ("bfloat16", 64, 64, 1, "sm_80", False),
-            ("bfloat16", 256, 256, 4, "sm_90", True), ("bfloat16", 512, 512, 1, "sm_90", True),
-            ("bfloat16", 0, 8, 1, "sm_90", False), ("float16", 128, 128, 2, "sm_80", True),
-            ("float32", 64, 64, 4, "sm_80", False), ("float32", 256, 256, 4, "sm_90", True),
-            ("float32", 512, 512, 2, "sm_90", True), ("float32", 0, 64, 1, "sm_90", False),
-            ("float64", 64, 64, 4, "sm_90", True), ("float64", 256, 256, 2, "sm_80", False),
-            ("float64", 512, 512, 1, "sm_90", True)):
-        found, fused = tiling(name, d, e, heads), "DFMA" if name == "float64" else "FFMA"
-        for file in ("edges_forward", "edges_backward_queries"):
-            yield queries_kernel(name, file, found, softcap), (architecture,), fused
-        yield keys_kernel(name, found), (architecture,), fused
-    for name in ELEMENTS:
-        yield join_kernel(name), ("sm_80",), "DFMA" if name == "float64" else "FFMA"
+            ("bfloat16", 64, 64, 4, "sm_90", False), ("bfloat16", 128, 128, 1, "sm_80", True),
+            ("bfloat16", 512, 512, 1, "sm_90", True), ("float16", 0, 8, 1, "sm_80", False),
+            ("float32", 64, 64, 4, "sm_80", True), ("float32", 512, 512, 2, "sm_90", True),
+            ("float64", 64, 64, 2, "sm_90", False), ("float64", 512, 512, 1, "sm_80", True)):
+        fused = "DFMA" if name == "float64" else "FFMA"
+        for file, backward in (("edges_forward", False), ("edges_backward_queries", True)):
+            found = queries_kernel(name, file, tiling(name, d, e, heads, backward), softcap)
+            yield found, (architecture,), fused
+        yield keys_kernel(name, tiling(name, d, e, 1, True)), (architecture,), fused
+        yield join_kernel(name), (architecture,), fused

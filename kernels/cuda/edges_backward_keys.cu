@@ -28,10 +28,10 @@ struct KeysArguments {
 DEVICE void find_entries(const KeysArguments& a, i64 head, int key, Task& task) {
     const i64* start = a.start + i64(a.list[head]) * (a.m + 1) + key;
     task.first = start[0];
-    task.last = start[1];
+    task.count = int(start[1] - start[0]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 edges_backward_keys(const __grid_constant__ KeysArguments a) {
     const int pair = blockIdx.x / a.blocks;
     const int item = pair / a.groups;
@@ -50,7 +50,7 @@ edges_backward_keys(const __grid_constant__ KeysArguments a) {
         i64 count = 0;
         for (int r = 0; r < share; r++) {
             find_entries(a, first_head + r, task.row, task);
-            count += task.last - task.first;
+            count += task.count;
         }
         if (count > a.pieces.most)
             return;
@@ -68,19 +68,21 @@ edges_backward_keys(const __grid_constant__ KeysArguments a) {
         const Stored* q = a.q.head(item, group * share + r);
         const Stored* dout = a.dout.head(item, group * share + r);
         const Kept* kept = a.kept + a.kept_at[first_head + r];
+        const int* queries = a.query + task.first;
+        const int* edges = a.edge + task.first;
         _Pragma("unroll 1")
-        for (i64 from = task.first; from < task.last; from += STEP) {
+        for (int from = 0; from < task.count; from += STEP) {
             Kept own[AT_ONCE];
             Chunks<D_CHUNKS> q_row[AT_ONCE];
             Chunks<E_CHUNKS> dout_row[AT_ONCE];
             UNROLL
             for (int u = 0; u < AT_ONCE; u++) {
-                const i64 entry = from + u * TEAMS + team_number();
-                const bool there = entry < task.last;
-                const i64 query = there ? a.query[entry] : 0;
+                const int entry = from + u * TEAMS + team_number();
+                const bool there = entry < task.count;
+                const i64 query = there ? queries[entry] : 0;
                 own[u] = {NOT_SEEN, 0};
                 if (there)
-                    own[u] = kept[a.edge[entry]];
+                    own[u] = kept[edges[entry]];
                 read_row(q_row[u], q + query * a.q.n, a.d, there);
                 read_row(dout_row[u], dout + query * a.dout.n, a.e, there);
             }

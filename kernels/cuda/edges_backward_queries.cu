@@ -17,7 +17,7 @@ struct QueriesArguments {
     int width;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 edges_backward_queries(const __grid_constant__ QueriesArguments a) {
     const Problem& p = a.problem;
     const Run run = p.runs[blockIdx.x / p.blocks];
@@ -49,9 +49,9 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
     }
 
     _Pragma("unroll 1")
-    for (i64 from = task.first; from < task.last; from += STEP) {
+    for (int from = 0; from < task.count; from += STEP) {
         Listed listed;
-        read_listed(listed, p, run, from, task.last);
+        read_listed(listed, p, run, task, from);
         UNROLL
         for (int r = 0; r < HEADS; r++) {
             const i64 head = i64(run.item) * p.heads + run.head + r;
@@ -59,8 +59,8 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
             for (int u = 0; u < AT_ONCE; u++) {
                 Sum slope;
                 bool seen = listed.there[u] && lse[r] != -INFINITE;
-                const Sum score = score_of(p, run, r, listed.entry[u], dot(q[r], listed.k[u]), slope,
-                                           seen);
+                const i64 edge = task.first + listed.entry[u];
+                const Sum score = score_of(p, run, r, edge, dot(q[r], listed.k[u]), slope, seen);
                 // forward: out = p v
                 const Sum pull = sum_of_team(dot(dout[r], listed.v[u]));
                 // forward: p = exp(score - lse)
@@ -70,10 +70,9 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
                 const Sum dproduct = dscore == 0 ? Sum(0) : dscore * slope;
                 if (listed.there[u] && r < run.count && lane_of_team() == 0) {
                     const Kept kept = {seen ? weight : Sum(NOT_SEEN), dproduct};
-                    a.kept[a.kept_at[head] + listed.entry[u] - begin] = kept;
+                    a.kept[a.kept_at[head] + edge - begin] = kept;
                     if (a.dbias)
-                        a.dbias[run.item * a.dbias_b + (run.head + r) * a.dbias_h
-                                + listed.entry[u]] = dscore;
+                        a.dbias[run.item * a.dbias_b + (run.head + r) * a.dbias_h + edge] = dscore;
                 }
                 // forward: product = (scale q) k
                 if (seen)

@@ -11,7 +11,7 @@ struct ForwardArguments {
     int width;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 edges_forward(const __grid_constant__ ForwardArguments a) {
     const Problem& p = a.problem;
     const Run run = p.runs[blockIdx.x / p.blocks];
@@ -33,9 +33,9 @@ edges_forward(const __grid_constant__ ForwardArguments a) {
     }
 
     _Pragma("unroll 1")
-    for (i64 from = task.first; from < task.last; from += STEP) {
+    for (int from = 0; from < task.count; from += STEP) {
         Listed listed;
-        read_listed(listed, p, run, from, task.last);
+        read_listed(listed, p, run, task, from);
         UNROLL
         for (int r = 0; r < HEADS; r++) {
             Sum score[AT_ONCE];
@@ -45,8 +45,8 @@ edges_forward(const __grid_constant__ ForwardArguments a) {
             for (int u = 0; u < AT_ONCE; u++) {
                 Sum slope;
                 seen[u] = listed.there[u] && r < run.count;
-                score[u] = score_of(p, run, r, listed.entry[u], dot(q[r], listed.k[u]), slope,
-                                    seen[u]);
+                score[u] = score_of(p, run, r, task.first + listed.entry[u],
+                                    dot(q[r], listed.k[u]), slope, seen[u]);
                 if (seen[u])
                     most = larger(most, score[u]);
             }
