@@ -204,14 +204,14 @@ def test_pieces():
     start = np.array([[0, 5, 5, 7], [7, 9, 16, 17]])
     found = edges.pieces(start, np.array([[0], [1]]), 3)
     assert [tuple(x) for x in found.pieces.tolist()] == [
-        (0, 3, 0, 0), (3, 2, 0, 0), (9, 3, 1, 0), (12, 3, 1, 0), (15, 1, 1, 0)]
+        (0, 0, 0, 3), (0, 0, 3, 2), (1, 0, 0, 3), (1, 0, 3, 3), (1, 0, 6, 1)]
     assert found.start.tolist() == [0, 2, 5]
     assert [tuple(x) for x in found.divided.tolist()] == [(0, 0, 2), (1, 0, 3)]
     assert found.divided_start.tolist() == [0, 1, 2]
     assert found.slots == 3
-    found = edges.pieces(start, np.array([[1, 0]]), 6)
+    found = edges.pieces(start, np.array([[1, 0]]), 4)
     assert [tuple(x) for x in found.pieces.tolist()] == [
-        (7, 2, 0, 0), (0, 5, 0, 1), (9, 6, 1, 0), (15, 1, 1, 0)]
+        (0, 0, 0, 4), (0, 1, 2, 3), (1, 0, 0, 4), (1, 0, 4, 3)]
     assert [tuple(x) for x in found.divided.tolist()] == [(0, 0, 2), (1, 2, 4)]
 
 
@@ -355,8 +355,8 @@ def planted(name, *mistake):
 
 @pytest.mark.gate
 @pytest.mark.parametrize("mistake", [
-    planted("end of a list", "edges.cuh", "listed.entry[u] < task.count",
-            "listed.entry[u] <= task.count"),
+    planted("end of a list", "edges.cuh", "listed.entry[u] < task.of.count",
+            "listed.entry[u] <= task.of.count"),
     planted("rescaling", "edges_forward.cu", "total[r] *= kept;", "total[r] *= 1;"),
     planted("teams", "edges.cuh", "for (int apart = LANES; apart < 32; apart *= 2)\n        x +=",
             "for (int apart = LANES; apart < 16; apart *= 2)\n        x +="),

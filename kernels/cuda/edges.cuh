@@ -24,17 +24,19 @@ enum {
     E_NUMBERS = E_CHUNKS * CHUNK
 };
 
+// Some of a row's entries.
 struct Piece {
-    i64 first;                  // of its entries
-    int count;
     int row;
-    int member;                 // which of the group's heads the entries are of
+    int member;                 // which of the lists the first one is in
+    int skipped;                // those before it there
+    int count;
 };
 
-// Rows with long lists, in pieces. A line is the lists that a warp walks for a row.
+// Rows with long lists, in pieces. A line is the lists that a warp walks for a row, its members.
 struct Pieces {
     const Piece* pieces;
     const i64* start;           // (lines + 1,): offsets into `pieces`
+    const i64* part_at;         // (batch, heads): where the sums of the first piece go
     int most;
     int slots;                  // pieces of a line, at most
 };
@@ -59,11 +61,9 @@ struct Problem {
 
 // What a warp is to do.
 struct Task {
-    i64 first;                  // of the entries
-    int count;
-    int row;
-    int slot;                   // where the sums of a piece go; -1: it is no piece
-    int member;
+    Piece of;                   // a piece, or the whole row
+    int slot;                   // which piece of the line it is; -1: it is none
+    i64 first;                  // entry of a query
 };
 
 // ---- rows
@@ -232,22 +232,28 @@ DEVICE bool find_piece(const Pieces& pieces, int line, int number, Task& task) {
     const i64 at = pieces.start[line] + number;
     if (at >= pieces.start[line + 1])
         return false;
-    const Piece piece = pieces.pieces[at];
-    task = {piece.first, piece.count, piece.row, number, piece.member};
+    task.of = pieces.pieces[at];
+    task.slot = number;
     return true;
 }
 
 // A piece of the list of a query, or all of a list that is not cut.
 DEVICE bool find_query(const Problem& p, int list, Task& task) {
     const int number = task_number(p.blocks);
-    if (number < p.pieces.slots)
-        return find_piece(p.pieces, list, number, task);
+    const i64* start = p.start + i64(list) * (p.n + 1);
+    if (number < p.pieces.slots) {
+        if (!find_piece(p.pieces, list, number, task))
+            return false;
+        task.first = start[task.of.row] + task.of.skipped;
+        return true;
+    }
     const int query = number - p.pieces.slots;
     if (query >= p.n)
         return false;
-    const i64* start = p.start + i64(list) * (p.n + 1) + query;
-    task = {start[0], int(start[1] - start[0]), query, -1, 0};
-    return task.count <= p.pieces.most;
+    task.first = start[query];
+    task.of = {query, 0, 0, int(start[query + 1] - task.first)};
+    task.slot = -1;
+    return task.of.count <= p.pieces.most;
 }
 
 // ---- scores
@@ -269,7 +275,7 @@ DEVICE void read_listed(Listed& listed, const Problem& p, const Run& run, const 
     UNROLL
     for (int u = 0; u < AT_ONCE; u++) {
         listed.entry[u] = from + u * TEAMS + team_number();
-        listed.there[u] = listed.entry[u] < task.count;
+        listed.there[u] = listed.entry[u] < task.of.count;
         key[u] = listed.there[u] ? keys[listed.entry[u]] : 0;
     }
     UNROLL

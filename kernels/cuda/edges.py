@@ -131,9 +131,9 @@ def refuses(problem: Any) -> str | None:
 # what is made of the lists on the host
 
 RUN = struct(*fields("i4", "item group head count list"))
-PIECE = struct(*fields("i8", "first"), *fields("i4", "count row member"))
+PIECE = struct(*fields("i4", "row member skipped count"))
 DIVIDED = struct(*fields("i4", "row first last"))
-PIECES_STRUCT = struct(*fields("u8", "pieces start"), *fields("i4", "most slots"))
+PIECES_STRUCT = struct(*fields("u8", "pieces start part_at"), *fields("i4", "most slots"))
 
 
 class Pieces(NamedTuple):
@@ -157,29 +157,30 @@ class Pieces(NamedTuple):
 
 
 def pieces(start: np.ndarray, members: np.ndarray, most: int) -> Pieces:
-    """Cut the rows with more than `most` entries into pieces of at most as many.
+    """Cut the rows with more than `most` entries into pieces of as many, but for the last.
 
     `start` (lists, rows + 1) tells where the entries of a row begin in each list, and `members`
-    (lines, members) which lists a line has. A piece has entries of one list.
+    (lines, members) which lists a line has: their entries follow one another.
     """
-    begin, end = (np.moveaxis(x[members], 1, 2) for x in (start[:, :-1], start[:, 1:]))
-    line, row = np.nonzero((end - begin).sum(axis=-1) > most)
-    begin, end = begin[line, row], end[line, row]               # (divided rows, members)
-    number = -(-(end - begin) // most)
-    owner, member = np.divmod(np.repeat(np.arange(number.size), number.reshape(-1)),
-                              max(1, members.shape[1]))
-    ends = number.reshape(-1).cumsum()
-    order = np.arange(len(owner)) - np.repeat(ends - number.reshape(-1), number.reshape(-1))
+    counts = np.moveaxis(np.diff(start, axis=1)[members], 1, 2)
+    line, row = np.nonzero(counts.sum(axis=-1) > most)
+    ends = counts[line, row].cumsum(axis=-1)                    # (divided rows, members)
+    total = ends[:, -1] if ends.shape[1] else np.zeros(0, np.int64)
+    number = -(-total // most)
+    last = number.cumsum()
+    owner = np.repeat(np.arange(len(row)), number)
+    at = (np.arange(len(owner)) - (last - number)[owner]) * most
     found = np.zeros(len(owner), PIECE)
-    found["row"], found["member"] = row[owner], member
-    found["first"] = begin[owner, member] + order * most
-    found["count"] = np.minimum(most, end[owner, member] - found["first"])
+    found["row"] = row[owner]
+    found["member"] = (ends[owner] <= at[:, None]).sum(axis=-1)
+    before = np.concatenate([np.zeros((len(row), 1), np.int64), ends], axis=-1)
+    found["skipped"] = at - before[owner, found["member"]]
+    found["count"] = np.minimum(most, total[owner] - at)
     lines = np.arange(len(members) + 1)
     piece_start, divided_start = (np.searchsorted(x, lines) for x in (line[owner], line))
     divided = np.zeros(len(row), DIVIDED)
-    divided["row"] = row
-    divided["last"] = number.sum(axis=-1).cumsum() - piece_start[line]
-    divided["first"] = divided["last"] - number.sum(axis=-1)
+    divided["row"], divided["last"] = row, last - piece_start[line]
+    divided["first"] = divided["last"] - number
     return Pieces(found, piece_start.astype(np.int64), divided, divided_start.astype(np.int64),
                   most)
 
@@ -203,6 +204,8 @@ class Lines:
 
     arrays: dict[str, Array]
     pieces: Pieces
+    parts: int
+    """Pieces of all heads, or groups, together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,11 +240,13 @@ def copied(device: Device, x: np.ndarray) -> Array:
 def lines_of(device: Device, start: np.ndarray, members: np.ndarray, line: np.ndarray, most: int,
              **more: np.ndarray) -> Lines:
     """Return lists of which `line` tells, of each head or group, which of them it walks."""
-    found = pieces(start, members, most)
-    arrays = {**more, "start": start, "line": line.astype(np.int32), "pieces": found.pieces,
-              "piece_start": found.start, "divided": found.divided,
-              "divided_start": found.divided_start}
-    return Lines({name: copied(device, x) for name, x in arrays.items()}, found)
+    found, line = pieces(start, members, most), line.reshape(-1).astype(np.int32)
+    number = np.diff(found.start)[line]
+    arrays = {**more, "start": start, "line": line, "pieces": found.pieces,
+              "piece_start": found.start, "part_at": number.cumsum() - number,
+              "divided": found.divided, "divided_start": found.divided_start}
+    return Lines({name: copied(device, x) for name, x in arrays.items()}, found,
+                 int(number.sum()))
 
 
 def lines_of_queries(device: Device, edges: Any, most: int) -> Lines:
@@ -255,7 +260,7 @@ def lines_of_keys(device: Device, edges: Any, most: int, groups: int) -> Lines:
     """Return what the kernel that owns keys walks: the lists of all heads of a group."""
     by_key, own = edges.by_key, edges.owner.reshape(len(edges.owner) * groups, -1)
     members, line = np.unique(own, axis=0, return_inverse=True)
-    return lines_of(device, by_key.start, members, line.reshape(-1), most, query=by_key.query,
+    return lines_of(device, by_key.start, members, line, most, query=by_key.query,
                     edge=by_key.edge, list=edges.owner, kept_at=kept_at(edges))
 
 
@@ -297,9 +302,9 @@ class Call(Keeper):
         """Return an array of sums."""
         return self.device.empty(shape, np.dtype(self.sums))
 
-    def parts(self, lines: Lines, count: int, width: int) -> Array:
-        """Return room for what the pieces of `count` lines find, (count, slots, width)."""
-        return self.empty(count, lines.pieces.slots, roomy_width(width, self.p.v.dtype))
+    def parts(self, lines: Lines, width: int) -> Array:
+        """Return room for what pieces find, (parts, width)."""
+        return self.empty(lines.parts, roomy_width(width, self.p.v.dtype))
 
     def fill(self, arguments: np.ndarray, **arrays: Array | None) -> None:
         """Write into a struct where arrays are, as its fields are: 0 where there is nothing."""
@@ -313,7 +318,8 @@ class Call(Keeper):
     def pieces(self, lines: Lines) -> np.ndarray:
         """Return the struct Pieces."""
         record = np.zeros((), PIECES_STRUCT)
-        self.fill(record, pieces=lines.arrays["pieces"], start=lines.arrays["piece_start"])
+        self.fill(record, pieces=lines.arrays["pieces"], start=lines.arrays["piece_start"],
+                  part_at=lines.arrays["part_at"])
         record["most"], record["slots"] = lines.pieces.most, lines.pieces.slots
         return record
 
@@ -347,17 +353,18 @@ class Call(Keeper):
     def join(self, lines: Lines, result: Array | None, parts: Array, part_lse: Array | None = None,
              lse: Array | None = None) -> None:
         """Put together what pieces found, for the rows of `result` (B, heads, n, width)."""
-        if result is None or not lines.pieces.slots:
+        if result is None or not lines.parts:
             return
         arguments = np.zeros((), struct(
-            *fields("u8", "divided start line parts part_lse"), ("result", OPERAND),
-            *fields("u8", "lse"), *fields("i4", "heads n slots width columns most")))
+            *fields("u8", "divided start line part_at parts part_lse"), ("result", OPERAND),
+            *fields("u8", "lse"), *fields("i4", "heads n width columns most")))
         self.fill(arguments, divided=lines.arrays["divided"], start=lines.arrays["divided_start"],
-                  line=lines.arrays["line"], parts=parts, part_lse=part_lse, result=result, lse=lse)
-        _, arguments["heads"], arguments["n"], arguments["columns"] = result.shape
-        count, arguments["slots"], arguments["width"] = parts.shape
+                  line=lines.arrays["line"], part_at=lines.arrays["part_at"], parts=parts,
+                  part_lse=part_lse, result=result, lse=lse)
+        batch, heads, arguments["n"], arguments["columns"] = result.shape
+        arguments["heads"], arguments["width"] = heads, parts.shape[1]
         arguments["most"] = most = int(np.diff(lines.pieces.divided_start).max())
-        self.device.launch(join_kernel(self.name), count * most, arguments, 0)
+        self.device.launch(join_kernel(self.name), batch * heads * most, arguments, 0)
 
 
 @functools.cache
@@ -382,13 +389,12 @@ def forward(problem: Any) -> tuple[Array, Array]:
     lse = call.empty(*out.shape[:3])
     if 0 in lse.shape:
         return out, lse
-    parts = call.parts(call.lines, call.batch * call.heads, call.e)
-    part_lse = call.empty(*parts.shape[:2])
+    parts, part_lse = call.parts(call.lines, call.e), call.empty(call.lines.parts)
     arguments = np.zeros((), struct(
         ("problem", problem_struct(call.sums)), ("out", OPERAND),
         *fields("u8", "lse parts part_lse"), *fields("i4", "width")))
     call.fill(arguments, out=out, lse=lse, parts=parts, part_lse=part_lse)
-    arguments["width"] = parts.shape[2]
+    arguments["width"] = parts.shape[1]
     call.launch_queries("edges_forward", arguments)
     call.join(call.lines, out, parts, part_lse, lse)
     return out, lse
@@ -421,7 +427,7 @@ def launch_queries(call: Call, found: dict[str, Array], dout: Array, out: Array,
                    dlse: Array | None, of_edges: Array) -> None:
     """Compute the gradients of q and of the bias, and what the keys' gradients are sums of."""
     dq, dbias = found.get("q"), found.get("bias")
-    parts = call.parts(call.lines, call.batch * call.heads, call.d)
+    parts = call.parts(call.lines, call.d)
     arguments = np.zeros((), struct(
         ("problem", problem_struct(call.sums)), ("dout", OPERAND), ("out", OPERAND),
         ("dq", OPERAND), *fields("u8", "lse dlse dbias"), *fields("i8", "dbias_b dbias_h"),
@@ -430,16 +436,16 @@ def launch_queries(call: Call, found: dict[str, Array], dout: Array, out: Array,
               kept_at=call.lines.arrays["kept_at"], parts=parts)
     if dbias is not None:
         arguments["dbias_b"], arguments["dbias_h"] = steps(dbias)
-    arguments["width"] = parts.shape[2]
+    arguments["width"] = parts.shape[1]
     call.launch_queries("edges_backward_queries", arguments)
     call.join(call.lines, dq, parts)
 
 
 def launch_keys(call: Call, found: dict[str, Array], dout: Array, of_edges: Array) -> None:
     """Compute the gradients of k and v."""
-    dk, dv, pairs = found.get("k"), found["v"], call.batch * call.groups
+    dk, dv = found.get("k"), found["v"]
     lines = once(lines_of_keys, call.device, call.p.edges, call.most, call.groups)
-    dk_parts, dv_parts = (call.parts(lines, pairs, width) for width in (call.d, call.e))
+    dk_parts, dv_parts = (call.parts(lines, width) for width in (call.d, call.e))
     arguments = np.zeros((), struct(
         ("q", OPERAND), ("dout", OPERAND), ("dk", OPERAND), ("dv", OPERAND),
         *fields("u8", "start query edge list line kept kept_at"), ("pieces", PIECES_STRUCT),
@@ -449,11 +455,12 @@ def launch_keys(call: Call, found: dict[str, Array], dout: Array, of_edges: Arra
               dv_parts=dv_parts, **{name: lines.arrays[name] for name in (
                   "start", "query", "edge", "list", "line", "kept_at")})
     arguments["pieces"], arguments["scale"] = call.pieces(lines), call.p.scale
-    arguments["dk_width"], arguments["dv_width"] = dk_parts.shape[2], dv_parts.shape[2]
+    arguments["dk_width"], arguments["dv_width"] = dk_parts.shape[1], dv_parts.shape[1]
     for name in ("heads", "groups", "m", "d", "e"):
         arguments[name] = getattr(call, name)
     arguments["blocks"] = blocks = -(-(call.m + lines.pieces.slots) // WARPS)
-    call.device.launch(keys_kernel(call.name, call.tiling(1)), pairs * blocks, arguments, 0)
+    call.device.launch(keys_kernel(call.name, call.tiling(1)),
+                       call.batch * call.groups * blocks, arguments, 0)
     call.join(lines, dk, dk_parts)
     call.join(lines, dv, dv_parts)
 

@@ -17,18 +17,16 @@ struct KeysArguments {
     const Kept* kept;
     const i64* kept_at;     // (batch, heads)
     Pieces pieces;          // lines are the lists of a group's heads
-    Sum* dk_parts;          // (batch, groups, slots, dk_width)
+    Sum* dk_parts;          // (parts, dk_width): of each piece
     Sum* dv_parts;
     Sum scale;
     int dk_width, dv_width, heads, groups, m, d, e;
     int blocks;             // of threads, for each group
 };
 
-// The entries of a key in the list of a head, counted as in `list`.
-DEVICE void find_entries(const KeysArguments& a, i64 head, int key, Task& task) {
-    const i64* start = a.start + i64(a.list[head]) * (a.m + 1) + key;
-    task.first = start[0];
-    task.count = int(start[1] - start[0]);
+// Where the entries of a key begin in the list of a head, and where they end.
+DEVICE const i64* entries_of(const KeysArguments& a, i64 head, int key) {
+    return a.start + i64(a.list[head]) * (a.m + 1) + key;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -44,15 +42,15 @@ edges_backward_keys(const __grid_constant__ KeysArguments a) {
         if (!find_piece(a.pieces, a.line[pair], number, task))
             return;
     } else {
-        task = {0, 0, number - a.pieces.slots, -1, 0};
-        if (task.row >= a.m)
+        task.of = {number - a.pieces.slots, 0, 0, 0};
+        task.slot = -1;
+        if (task.of.row >= a.m)
             return;
-        i64 count = 0;
         for (int r = 0; r < share; r++) {
-            find_entries(a, first_head + r, task.row, task);
-            count += task.count;
+            const i64* entries = entries_of(a, first_head + r, task.of.row);
+            task.of.count += int(entries[1] - entries[0]);
         }
-        if (count > a.pieces.most)
+        if (task.of.count > a.pieces.most)
             return;
     }
 
@@ -60,25 +58,29 @@ edges_backward_keys(const __grid_constant__ KeysArguments a) {
     Numbers<E_NUMBERS> dv;
     clear(dk);
     clear(dv);
-    const int members = task.slot < 0 ? share : task.member + 1;
+    int skipped = task.of.skipped;
+    int left = task.of.count;
     _Pragma("unroll 1")
-    for (int r = task.member; r < members; r++) {
-        if (task.slot < 0)
-            find_entries(a, first_head + r, task.row, task);
+    for (int r = task.of.member; left > 0; r++) {
+        const i64* entries = entries_of(a, first_head + r, task.of.row);
+        const i64 first = entries[0] + skipped;
+        const int count = int(min(entries[1] - first, i64(left)));
+        skipped = 0;
+        left -= count;
         const Stored* q = a.q.head(item, group * share + r);
         const Stored* dout = a.dout.head(item, group * share + r);
         const Kept* kept = a.kept + a.kept_at[first_head + r];
-        const int* queries = a.query + task.first;
-        const int* edges = a.edge + task.first;
+        const int* queries = a.query + first;
+        const int* edges = a.edge + first;
         _Pragma("unroll 1")
-        for (int from = 0; from < task.count; from += STEP) {
+        for (int from = 0; from < count; from += STEP) {
             Kept own[AT_ONCE];
             Chunks<D_CHUNKS> q_row[AT_ONCE];
             Chunks<E_CHUNKS> dout_row[AT_ONCE];
             UNROLL
             for (int u = 0; u < AT_ONCE; u++) {
                 const int entry = from + u * TEAMS + team_number();
-                const bool there = entry < task.count;
+                const bool there = entry < count;
                 const i64 query = there ? queries[entry] : 0;
                 own[u] = {NOT_SEEN, 0};
                 if (there)
@@ -105,10 +107,10 @@ edges_backward_keys(const __grid_constant__ KeysArguments a) {
         dk.x[i] *= a.scale;
     if (task.slot < 0) {
         if (a.dk.at)
-            write_row<D_CHUNKS>(a.dk.head(item, group) + task.row * a.dk.n, dk, a.d);
-        write_row<E_CHUNKS>(a.dv.head(item, group) + task.row * a.dv.n, dv, a.e);
+            write_row<D_CHUNKS>(a.dk.head(item, group) + task.of.row * a.dk.n, dk, a.d);
+        write_row<E_CHUNKS>(a.dv.head(item, group) + task.of.row * a.dv.n, dv, a.e);
     } else {
-        const i64 part = i64(pair) * a.pieces.slots + task.slot;
+        const i64 part = a.pieces.part_at[pair] + task.slot;
         if (a.dk.at)
             write_part<D_CHUNKS>(a.dk_parts + part * a.dk_width, dk, a.d);
         write_part<E_CHUNKS>(a.dv_parts + part * a.dv_width, dv, a.e);

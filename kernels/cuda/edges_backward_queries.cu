@@ -13,7 +13,7 @@ struct QueriesArguments {
     i64 dbias_b, dbias_h;
     Kept* kept;
     const i64* kept_at;     // (batch, heads): where the edges of a head's list begin in `kept`
-    Sum* parts;             // (batch, heads, slots, width): dq of each piece
+    Sum* parts;             // (parts, width): dq of each piece
     int width;
 };
 
@@ -31,15 +31,15 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
     Sum lse[HEADS], delta[HEADS];
     UNROLL
     for (int r = 0; r < HEADS; r++) {
-        const i64 row = (i64(run.item) * p.heads + run.head + r) * p.n + task.row;
+        const i64 row = (i64(run.item) * p.heads + run.head + r) * p.n + task.of.row;
         lse[r] = r < run.count ? a.lse[row] : -INFINITE;
         // what lies in a row that sees no key is never looked at
         const bool live = lse[r] != -INFINITE;
         Chunks<D_CHUNKS> own_q;
         Chunks<E_CHUNKS> own_out, own_dout;
-        read_row(own_q, p.q.head(run.item, run.head + r) + task.row * p.q.n, p.d, live);
-        read_row(own_out, a.out.head(run.item, run.head + r) + task.row * a.out.n, p.e, live);
-        read_row(own_dout, a.dout.head(run.item, run.head + r) + task.row * a.dout.n, p.e, live);
+        read_row(own_q, p.q.head(run.item, run.head + r) + task.of.row * p.q.n, p.d, live);
+        read_row(own_out, a.out.head(run.item, run.head + r) + task.of.row * a.out.n, p.e, live);
+        read_row(own_dout, a.dout.head(run.item, run.head + r) + task.of.row * a.dout.n, p.e, live);
         unpack_row(q[r], own_q, p.scale);
         unpack_row(dout[r], own_dout, Sum(1));
         clear(dq[r]);
@@ -49,7 +49,7 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
     }
 
     _Pragma("unroll 1")
-    for (int from = 0; from < task.count; from += STEP) {
+    for (int from = 0; from < task.of.count; from += STEP) {
         Listed listed;
         read_listed(listed, p, run, task, from);
         UNROLL
@@ -92,9 +92,9 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
             continue;
         const i64 head = i64(run.item) * p.heads + run.head + r;
         if (task.slot < 0)
-            write_row<D_CHUNKS>(a.dq.head(run.item, run.head + r) + task.row * a.dq.n, dq[r], p.d);
+            write_row<D_CHUNKS>(a.dq.head(run.item, run.head + r) + task.of.row * a.dq.n, dq[r], p.d);
         else
-            write_part<D_CHUNKS>(a.parts + (head * p.pieces.slots + task.slot) * a.width, dq[r],
+            write_part<D_CHUNKS>(a.parts + (p.pieces.part_at[head] + task.slot) * a.width, dq[r],
                                  p.d);
     }
 }

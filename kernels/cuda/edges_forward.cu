@@ -6,8 +6,8 @@ struct ForwardArguments {
     Problem problem;
     Operand out;            // (batch, heads, n, e)
     Sum* lse;               // (batch, heads, n)
-    Sum* parts;             // (batch, heads, slots, width): out of each piece
-    Sum* part_lse;          // (batch, heads, slots)
+    Sum* parts;             // (parts, width): out of each piece
+    Sum* part_lse;          // (parts,)
     int width;
 };
 
@@ -25,7 +25,7 @@ edges_forward(const __grid_constant__ ForwardArguments a) {
     UNROLL
     for (int r = 0; r < HEADS; r++) {
         Chunks<D_CHUNKS> row;
-        read_row(row, p.q.head(run.item, run.head + r) + task.row * p.q.n, p.d, r < run.count);
+        read_row(row, p.q.head(run.item, run.head + r) + task.of.row * p.q.n, p.d, r < run.count);
         unpack_row(q[r], row, p.scale);
         clear(acc[r]);
         top[r] = -INFINITE;
@@ -33,7 +33,7 @@ edges_forward(const __grid_constant__ ForwardArguments a) {
     }
 
     _Pragma("unroll 1")
-    for (int from = 0; from < task.count; from += STEP) {
+    for (int from = 0; from < task.of.count; from += STEP) {
         Listed listed;
         read_listed(listed, p, run, task, from);
         UNROLL
@@ -90,11 +90,11 @@ edges_forward(const __grid_constant__ ForwardArguments a) {
         if (r >= run.count)
             continue;
         const i64 head = i64(run.item) * p.heads + run.head + r;
-        Sum* lse = a.lse + head * p.n + task.row;
+        Sum* lse = a.lse + head * p.n + task.of.row;
         if (task.slot < 0) {
-            write_row<E_CHUNKS>(a.out.head(run.item, run.head + r) + task.row * a.out.n, acc[r], p.e);
+            write_row<E_CHUNKS>(a.out.head(run.item, run.head + r) + task.of.row * a.out.n, acc[r], p.e);
         } else {
-            const i64 part = head * p.pieces.slots + task.slot;
+            const i64 part = p.pieces.part_at[head] + task.slot;
             write_part<E_CHUNKS>(a.parts + part * a.width, acc[r], p.e);
             lse = a.part_lse + part;
         }

@@ -11,11 +11,12 @@ struct JoinArguments {
     const Divided* divided;
     const i64* start;           // (lines + 1,): offsets into `divided`
     const int* line;            // (batch, heads)
-    const Sum* parts;           // (batch, heads, slots, width)
-    const Sum* part_lse;        // (batch, heads, slots), or 0
+    const i64* part_at;         // (batch, heads): where the sums of the line's first piece are
+    const Sum* parts;           // (parts, width)
+    const Sum* part_lse;        // (parts,), or 0
     Operand result;             // (batch, heads, n, columns)
     Sum* lse;                   // (batch, heads, n), or 0
-    int heads, n, slots, width, columns;
+    int heads, n, width, columns;
     int most;                   // rows of a line
 };
 
@@ -27,7 +28,8 @@ edges_join(const __grid_constant__ JoinArguments a) {
     if (at >= a.start[line + 1])
         return;
     const Divided it = a.divided[at];
-    const Sum* part_lse = a.part_lse + i64(head) * a.slots;
+    const i64 first_part = a.part_at[head];
+    const Sum* part_lse = a.part_lse + first_part;
     Sum shift = 0;
     Sum total = 0;
     if (a.lse) {
@@ -43,7 +45,7 @@ edges_join(const __grid_constant__ JoinArguments a) {
     }
     Stored* result = a.result.head(head / a.heads, head % a.heads) + it.row * a.result.n;
     for (int column = 2 * threadIdx.x; column < a.columns; column += 2 * THREADS) {
-        const Sum* own = a.parts + i64(head) * a.slots * a.width + column;
+        const Sum* own = a.parts + first_part * a.width + column;
         Sum sums[2] = {0, 0};
         for (int part = it.first; part < it.last; part++) {
             Sum share = 1;
