@@ -339,7 +339,7 @@ def test_tilings_have_room_for_all_widths():
                         assert found.lanes * chunks * 16 // item >= own
                     assert found.heads <= 4
                     assert found.at_once >= 1
-    assert edges.tiling("bfloat16", 64, 64, 8, False) == (8, 1, 1, 4, 2, 3)
+    assert edges.tiling("bfloat16", 64, 64, 8, False) == (8, 1, 1, 4, 2, 2)
     assert edges.tiling("float32", 0, 8, 1, True) == (2, 0, 1, 1, 4, 4)
 
 
@@ -361,7 +361,7 @@ def planted(name, *mistake):
     planted("teams", "edges.cuh", "for (int apart = LANES; apart < 32; apart *= 2)\n        x +=",
             "for (int apart = LANES; apart < 16; apart *= 2)\n        x +="),
     planted("slope", "edges_backward_queries.cu", ": dscore * slope", ": dscore"),
-    planted("kept", "edges_backward_keys.cu", "kept[edges[entry]]", "kept[entry]"),
+    planted("kept", "edges_backward_keys.cu", "kept[edge[u]]", "kept[query[u]]"),
     planted("join", "edges_join.cu", "int part = it.first; part < it.last; part++) {",
             "int part = it.first; part < it.last - 1; part++) {")])
 def test_mistakes_are_found(mistake, short_pieces, device, tmp_path):

@@ -1,5 +1,5 @@
-// edges.cuh -- what the kernels of attention over listed keys share. edges.py has the same structs as
-// NumPy dtypes.
+// edges.cuh -- what the kernels of attention over listed keys share. edges.py has the same structs
+// as NumPy dtypes.
 //
 // A warp does a row: a query, or a key where gradients of keys are summed. LANES lanes are a team,
 // which reads a listed row 16 bytes a lane; the warp's teams take AT_ONCE entries of the row's list
@@ -264,6 +264,9 @@ struct Listed {
     bool there[AT_ONCE];
     Chunks<D_CHUNKS> k[AT_ONCE];
     Chunks<E_CHUNKS> v[AT_ONCE];
+#if BIAS
+    Sum bias[HEADS][AT_ONCE];
+#endif
 };
 
 DEVICE void read_listed(Listed& listed, const Problem& p, const Run& run, const Task& task,
@@ -283,11 +286,22 @@ DEVICE void read_listed(Listed& listed, const Problem& p, const Run& run, const 
         read_row(listed.k[u], k + key[u] * p.k.n, p.d, listed.there[u]);
         read_row(listed.v[u], v + key[u] * p.v.n, p.e, listed.there[u]);
     }
+#if BIAS
+    const Sum* bias = p.bias + run.item * p.bias_b + run.head * p.bias_h + task.first;
+    UNROLL
+    for (int r = 0; r < HEADS; r++)
+        UNROLL
+        for (int u = 0; u < AT_ONCE; u++) {
+            listed.bias[r][u] = 0;
+            if (p.bias && listed.there[u] && r < run.count)
+                listed.bias[r][u] = bias[r * p.bias_h + listed.entry[u]];
+        }
+#endif
 }
 
-// The score of an entry, whose scaled product a lane has a share of; its `slope` by that product;
-// and whether it is `seen`: if not, nothing of it may be looked at.
-DEVICE Sum score_of(const Problem& p, const Run& run, int r, i64 entry, Sum product, Sum& slope,
+// The score of entry `u` for head `r` of the run, of whose scaled product a lane has a share; its
+// `slope` by that product; and whether it is `seen`: if not, nothing of it may be looked at.
+DEVICE Sum score_of(const Problem& p, const Listed& listed, int r, int u, Sum product, Sum& slope,
                     bool& seen) {
     Sum score = D_CHUNKS > 0 ? sum_of_team(product) : Sum(0);
     slope = 1;
@@ -298,10 +312,9 @@ DEVICE Sum score_of(const Problem& p, const Run& run, int r, i64 entry, Sum prod
         score = p.softcap * bent;
     }
 #endif
-    if (p.bias && seen) {
-        const Sum bias = p.bias[run.item * p.bias_b + (run.head + r) * p.bias_h + entry];
-        score += bias;
-        seen = bias != -INFINITE;
-    }
+#if BIAS
+    score += listed.bias[r][u];
+    seen = seen && listed.bias[r][u] != -INFINITE;
+#endif
     return score;
 }

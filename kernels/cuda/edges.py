@@ -48,7 +48,10 @@ WIDEST = 512
 """The most columns that the lanes of a warp hold in registers."""
 
 HELD_BYTES = 256
-"""How much a lane may hold of rows of heads that it does together; of one head it may be more."""
+"""How much a lane may hold of rows of heads that it does together; of one head it may be more.
+
+The backward needs more beside them, and takes three quarters of it.
+"""
 
 READ_CHUNKS = 8
 """How many chunks of listed rows a lane asks for at a time, if a key's are not more already."""
@@ -82,11 +85,14 @@ def tiling(name: str, d: int, e: int, heads: int, backward: bool, generic: bool 
     # rows of q and out; of q, dq and dout
     sums = (2 * of_d if backward else of_d) + of_e
     held = sums * CHUNK_BYTES // item_bytes(name) * np.dtype(sum_type(name)).itemsize
-    together = max(x for x in (1, 2, 4) if x == 1 or x * held <= HELD_BYTES)
+    less = HELD_BYTES * 3 // 4
+    room = less if backward else HELD_BYTES
+    together = max(x for x in (1, 2, 4) if x == 1 or x * held <= room)
     together = together if generic else min(together, power_of_two(heads))
     at_once = min(4, READ_CHUNKS // (of_d + of_e), 2 * HELD_BYTES // (together * held))
-    # so many that no register is spilled
-    blocks = 4 if held <= 192 and together == 1 else 3 if together * held <= HELD_BYTES else 2
+    # so many that no register is spilled; fp64 takes more of them for its functions
+    wide = together * held > (less // 2 if name == "float64" else less)
+    blocks = 2 if wide else 3 if together > 1 else 4
     return Tiling(lanes, of_d, of_e, together, max(1, at_once), blocks)
 
 
@@ -103,14 +109,14 @@ def kernel(name: str, file: str, tiling: Tiling, **more: int) -> Kernel:
     return Kernel(f"{file}.cu", file, tuple(macros.items()), THREADS)
 
 
-def queries_kernel(name: str, file: str, tiling: Tiling, softcap: bool) -> Kernel:
+def queries_kernel(name: str, file: str, tiling: Tiling, softcap: bool, bias: bool) -> Kernel:
     """Return a kernel whose warps do queries."""
-    return kernel(name, file, tiling, HEADS=tiling.heads, SOFTCAP=int(softcap))
+    return kernel(name, file, tiling, HEADS=tiling.heads, SOFTCAP=int(softcap), BIAS=int(bias))
 
 
 def keys_kernel(name: str, tiling: Tiling) -> Kernel:
     """Return the kernel whose warps do keys, one head after the other."""
-    return kernel(name, "edges_backward_keys", tiling, HEADS=1, SOFTCAP=0)
+    return kernel(name, "edges_backward_keys", tiling, HEADS=1, SOFTCAP=0, BIAS=0)
 
 
 def join_kernel(name: str) -> Kernel:
@@ -122,10 +128,11 @@ def join_kernel(name: str) -> Kernel:
 def refuses(problem: Any) -> str | None:
     """Why `problem` cannot run here, or None."""
     p = problem
+    reason = devices.missing(p.v)
     d, e = 0 if p.q is None else p.q.shape[3], p.v.shape[3]
-    if max(d, e) > WIDEST:
-        return f"widths must be at most {WIDEST}; q and k have {d}, v has {e}"
-    return devices.missing(p.v)
+    if reason is None and max(d, e) > WIDEST:
+        reason = f"widths must be at most {WIDEST}; q and k have {d}, v has {e}"
+    return reason
 
 
 # what is made of the lists on the host
@@ -231,37 +238,42 @@ def once(make: Callable[..., Made], device: Device, edges: Any, *options: int) -
     return known[key]
 
 
-def copied(device: Device, x: np.ndarray) -> Array:
+def copied(device: Device, x: np.ndarray, dtype: Any = None) -> Array:
     """Return a copy of a host array; of records, which array libraries may not know, the bytes."""
-    x = np.ascontiguousarray(x)
+    x = np.ascontiguousarray(x, dtype)
     return device.constant(x.view(np.uint8) if x.dtype.names else x)
 
 
 def lines_of(device: Device, start: np.ndarray, members: np.ndarray, line: np.ndarray, most: int,
-             **more: np.ndarray) -> Lines:
-    """Return lists of which `line` tells, of each head or group, which of them it walks."""
-    found, line = pieces(start, members, most), line.reshape(-1).astype(np.int32)
-    number = np.diff(found.start)[line]
-    arrays = {**more, "start": start, "line": line, "pieces": found.pieces,
-              "piece_start": found.start, "part_at": number.cumsum() - number,
-              "divided": found.divided, "divided_start": found.divided_start}
-    return Lines({name: copied(device, x) for name, x in arrays.items()}, found,
-                 int(number.sum()))
+             kept_at: np.ndarray, **more: np.ndarray) -> Lines:
+    """Return lists of which `line` tells, of each head or group, which of them it walks.
+
+    `more` are arrays of int32.
+    """
+    found = pieces(start, members, most)
+    number = np.diff(found.start)[line.reshape(-1)]
+    offsets = {"start": start, "piece_start": found.start, "divided_start": found.divided_start,
+               "part_at": number.cumsum() - number, "kept_at": kept_at}
+    records = {"pieces": found.pieces, "divided": found.divided}
+    arrays = {name: copied(device, x, dtype)
+              for named, dtype in ((offsets, np.int64), ({**more, "line": line}, np.int32),
+                                   (records, None))
+              for name, x in named.items()}
+    return Lines(arrays, found, int(number.sum()))
 
 
 def lines_of_queries(device: Device, edges: Any, most: int) -> Lines:
     """Return what kernels that own queries walk: one list for each head."""
     each = np.arange(len(edges.start))[:, None]
-    return lines_of(device, edges.start, each, edges.owner, most, key=edges.key,
-                    kept_at=kept_at(edges))
+    return lines_of(device, edges.start, each, edges.owner, most, kept_at(edges), key=edges.key)
 
 
 def lines_of_keys(device: Device, edges: Any, most: int, groups: int) -> Lines:
     """Return what the kernel that owns keys walks: the lists of all heads of a group."""
     by_key, own = edges.by_key, edges.owner.reshape(len(edges.owner) * groups, -1)
     members, line = np.unique(own, axis=0, return_inverse=True)
-    return lines_of(device, by_key.start, members, line, most, query=by_key.query,
-                    edge=by_key.edge, list=edges.owner, kept_at=kept_at(edges))
+    return lines_of(device, by_key.start, members, line, most, kept_at(edges),
+                    query=by_key.query, edge=by_key.edge, list=edges.owner)
 
 
 def runs_of(device: Device, edges: Any, groups: int, most: int) -> Runs:
@@ -288,7 +300,7 @@ class Call(Keeper):
         self.d = 0 if p.q is None else p.q.shape[3]
         self.q, self.k, self.v = (None if x is None else readable(self.device, x)
                                   for x in (p.q, p.k, p.v))
-        self.softcap = self.device.generic or p.softcap is not None
+        self.terms = [self.device.generic or x is not None for x in (p.softcap, p.bias)]
         self.most = piece_edges(p.edges, self.device)
         self.lines = once(lines_of_queries, self.device, p.edges, self.most)
         self.runs = once(runs_of, self.device, p.edges, self.groups,
@@ -347,7 +359,7 @@ class Call(Keeper):
     def launch_queries(self, file: str, arguments: np.ndarray) -> None:
         """Launch a kernel that owns queries; this fills in the problem."""
         arguments["problem"] = self.problem
-        found = queries_kernel(self.name, file, self.tiling(self.runs.longest), self.softcap)
+        found = queries_kernel(self.name, file, self.tiling(self.runs.longest), *self.terms)
         self.device.launch(found, self.runs.count * self.blocks, arguments, 0)
 
     def join(self, lines: Lines, result: Array | None, parts: Array, part_lse: Array | None = None,
@@ -470,14 +482,18 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
 
     For the widths at which lanes hold most, and for scores that are the bias alone.
     """
-    for name, d, e, heads, architecture, softcap in (
-            ("bfloat16", 64, 64, 4, "sm_90", False), ("bfloat16", 128, 128, 1, "sm_80", True),
-            ("bfloat16", 512, 512, 1, "sm_90", True), ("float16", 0, 8, 1, "sm_80", False),
-            ("float32", 64, 64, 4, "sm_80", True), ("float32", 512, 512, 2, "sm_90", True),
-            ("float64", 64, 64, 2, "sm_90", False), ("float64", 512, 512, 1, "sm_80", True)):
+    for name, d, e, heads, architecture, softcap, bias in (
+            ("bfloat16", 64, 64, 4, "sm_90", False, False),
+            ("bfloat16", 128, 128, 1, "sm_80", True, True),
+            ("bfloat16", 512, 512, 1, "sm_90", True, True),
+            ("float16", 0, 8, 1, "sm_80", False, True),
+            ("float32", 64, 64, 4, "sm_80", True, True),
+            ("float32", 512, 512, 2, "sm_90", True, False),
+            ("float64", 64, 64, 2, "sm_90", False, True),
+            ("float64", 512, 512, 1, "sm_80", True, True)):
         fused = "DFMA" if name == "float64" else "FFMA"
         for file, backward in (("edges_forward", False), ("edges_backward_queries", True)):
-            found = queries_kernel(name, file, tiling(name, d, e, heads, backward), softcap)
-            yield found, (architecture,), fused
+            found = tiling(name, d, e, heads, backward)
+            yield queries_kernel(name, file, found, softcap, bias), (architecture,), fused
         yield keys_kernel(name, tiling(name, d, e, 1, True)), (architecture,), fused
         yield join_kernel(name), (architecture,), fused

@@ -74,19 +74,26 @@ edges_backward_keys(const __grid_constant__ KeysArguments a) {
         const int* edges = a.edge + first;
         _Pragma("unroll 1")
         for (int from = 0; from < count; from += STEP) {
+            bool there[AT_ONCE];
+            i64 query[AT_ONCE];
+            int edge[AT_ONCE];
+            UNROLL
+            for (int u = 0; u < AT_ONCE; u++) {
+                const int entry = from + u * TEAMS + team_number();
+                there[u] = entry < count;
+                query[u] = there[u] ? queries[entry] : 0;
+                edge[u] = there[u] ? edges[entry] : 0;
+            }
             Kept own[AT_ONCE];
             Chunks<D_CHUNKS> q_row[AT_ONCE];
             Chunks<E_CHUNKS> dout_row[AT_ONCE];
             UNROLL
             for (int u = 0; u < AT_ONCE; u++) {
-                const int entry = from + u * TEAMS + team_number();
-                const bool there = entry < count;
-                const i64 query = there ? queries[entry] : 0;
                 own[u] = {NOT_SEEN, 0};
-                if (there)
-                    own[u] = kept[edges[entry]];
-                read_row(q_row[u], q + query * a.q.n, a.d, there);
-                read_row(dout_row[u], dout + query * a.dout.n, a.e, there);
+                if (there[u])
+                    own[u] = kept[edge[u]];
+                read_row(q_row[u], q + query[u] * a.q.n, a.d, there[u]);
+                read_row(dout_row[u], dout + query[u] * a.dout.n, a.e, there[u]);
             }
             UNROLL
             for (int u = 0; u < AT_ONCE; u++) {

@@ -60,7 +60,7 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
                 Sum slope;
                 bool seen = listed.there[u] && lse[r] != -INFINITE;
                 const i64 edge = task.first + listed.entry[u];
-                const Sum score = score_of(p, run, r, edge, dot(q[r], listed.k[u]), slope, seen);
+                const Sum score = score_of(p, listed, r, u, dot(q[r], listed.k[u]), slope, seen);
                 // forward: out = p v
                 const Sum pull = sum_of_team(dot(dout[r], listed.v[u]));
                 // forward: p = exp(score - lse)
@@ -71,8 +71,10 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
                 if (listed.there[u] && r < run.count && lane_of_team() == 0) {
                     const Kept kept = {seen ? weight : Sum(NOT_SEEN), dproduct};
                     a.kept[a.kept_at[head] + edge - begin] = kept;
+#if BIAS
                     if (a.dbias)
                         a.dbias[run.item * a.dbias_b + (run.head + r) * a.dbias_h + edge] = dscore;
+#endif
                 }
                 // forward: product = (scale q) k
                 if (seen)
@@ -91,10 +93,12 @@ edges_backward_queries(const __grid_constant__ QueriesArguments a) {
         if (r >= run.count)
             continue;
         const i64 head = i64(run.item) * p.heads + run.head + r;
-        if (task.slot < 0)
-            write_row<D_CHUNKS>(a.dq.head(run.item, run.head + r) + task.of.row * a.dq.n, dq[r], p.d);
-        else
-            write_part<D_CHUNKS>(a.parts + (p.pieces.part_at[head] + task.slot) * a.width, dq[r],
-                                 p.d);
+        if (task.slot < 0) {
+            Stored* to = a.dq.head(run.item, run.head + r) + task.of.row * a.dq.n;
+            write_row<D_CHUNKS>(to, dq[r], p.d);
+        } else {
+            const i64 part = p.pieces.part_at[head] + task.slot;
+            write_part<D_CHUNKS>(a.parts + part * a.width, dq[r], p.d);
+        }
     }
 }

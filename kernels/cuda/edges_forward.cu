@@ -1,5 +1,5 @@
-// edges_forward.cu -- out and log-sum-exp of queries, or of pieces of their lists. A warp does a query
-// for the HEADS heads of a run: what is read of keys and values serves them all.
+// edges_forward.cu -- out and log-sum-exp of queries, or of pieces of their lists. A warp does a
+// query for the HEADS heads of a run: what is read of keys and values serves them all.
 #include "edges.cuh"
 
 struct ForwardArguments {
@@ -45,8 +45,7 @@ edges_forward(const __grid_constant__ ForwardArguments a) {
             for (int u = 0; u < AT_ONCE; u++) {
                 Sum slope;
                 seen[u] = listed.there[u] && r < run.count;
-                score[u] = score_of(p, run, r, task.first + listed.entry[u],
-                                    dot(q[r], listed.k[u]), slope, seen[u]);
+                score[u] = score_of(p, listed, r, u, dot(q[r], listed.k[u]), slope, seen[u]);
                 if (seen[u])
                     most = larger(most, score[u]);
             }
@@ -82,17 +81,19 @@ edges_forward(const __grid_constant__ ForwardArguments a) {
         const Sum all = sum_of_teams(total[r] * kept);
         // nothing was seen, or with scores of -inf alone, which is the same
         const bool empty = all == 0;
+        const Sum share = 1 / all;
         UNROLL
         for (int i = 0; i < E_NUMBERS; i++) {
             const Sum sum = sum_of_teams(acc[r].x[i] * kept);
-            acc[r].x[i] = empty ? Sum(0) : sum / all;
+            acc[r].x[i] = empty ? Sum(0) : sum * share;
         }
         if (r >= run.count)
             continue;
         const i64 head = i64(run.item) * p.heads + run.head + r;
         Sum* lse = a.lse + head * p.n + task.of.row;
         if (task.slot < 0) {
-            write_row<E_CHUNKS>(a.out.head(run.item, run.head + r) + task.of.row * a.out.n, acc[r], p.e);
+            Stored* out = a.out.head(run.item, run.head + r) + task.of.row * a.out.n;
+            write_row<E_CHUNKS>(out, acc[r], p.e);
         } else {
             const i64 part = p.pieces.part_at[head] + task.slot;
             write_part<E_CHUNKS>(a.parts + part * a.width, acc[r], p.e);

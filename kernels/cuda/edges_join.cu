@@ -1,6 +1,6 @@
 // edges_join.cu -- puts together what pieces of a row's list found: sums, or, where they have
-// log-sum-exps, outputs that each piece divided by its own total. A block does a row, a thread pairs
-// of columns; the order is that of the pieces.
+// log-sum-exps, outputs that each piece divided by its own total. A block does a row, a thread
+// pairs of columns; the order is that of the pieces.
 #include "tile.cuh"
 
 struct Divided {
@@ -31,14 +31,16 @@ edges_join(const __grid_constant__ JoinArguments a) {
     const i64 first_part = a.part_at[head];
     const Sum* part_lse = a.part_lse + first_part;
     Sum shift = 0;
-    Sum total = 0;
+    Sum factor = 1;
     if (a.lse) {
         Sum most = -INFINITE;
         for (int part = it.first; part < it.last; part++)
             most = larger(most, part_lse[part]);
         shift = most == -INFINITE ? Sum(0) : most;
+        Sum total = 0;
         for (int part = it.first; part < it.last; part++)
             total += natural_power(part_lse[part] - shift);
+        factor = total == 0 ? Sum(0) : 1 / total;
         if (threadIdx.x == 0)
             a.lse[i64(head) * a.n + it.row] = total == 0 ? -INFINITE
                                                          : shift + natural_logarithm(total);
@@ -48,9 +50,7 @@ edges_join(const __grid_constant__ JoinArguments a) {
         const Sum* own = a.parts + first_part * a.width + column;
         Sum sums[2] = {0, 0};
         for (int part = it.first; part < it.last; part++) {
-            Sum share = 1;
-            if (a.lse)
-                share = total == 0 ? Sum(0) : natural_power(part_lse[part] - shift) / total;
+            const Sum share = a.lse ? natural_power(part_lse[part] - shift) * factor : factor;
             UNROLL
             for (int i = 0; i < 2; i++)
                 sums[i] = times_plus(share, own[i64(part) * a.width + i], sums[i]);
