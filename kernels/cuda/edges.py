@@ -81,7 +81,7 @@ def tiling(name: str, d: int, e: int, heads: int, backward: bool, generic: bool 
     lanes = 8 if generic else min(32, power_of_two(max(of_d, of_e)))
     of_d, of_e = -(-of_d // lanes), -(-of_e // lanes)
     if generic:
-        of_d = of_e = max(of_d, of_e)
+        of_d = of_e = max(of_d, of_e, 2)
     # rows of q and out; of q, dq and dout
     sums = (2 * of_d if backward else of_d) + of_e
     held = sums * CHUNK_BYTES // item_bytes(name) * np.dtype(sum_type(name)).itemsize
