@@ -76,7 +76,6 @@ def wait(kind, x):
     Crossing.of(kind, x)
 
 
-
 class Device:
     """A device; there is one."""
 
@@ -117,6 +116,8 @@ class ndarray:
     __array_priority__ = 100
 
     def __init__(self, host):
+        if host.dtype.names:
+            raise TypeError(f"Unsupported type {host.dtype}")
         self._memory = host
 
     def __array__(self, dtype=None, copy=None):

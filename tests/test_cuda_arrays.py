@@ -260,7 +260,7 @@ def strict_device(cupy, monkeypatch):
     emulator = StrictDevice()
     monkeypatch.setitem(device._factories, "cupy", lambda array: emulator)
     monkeypatch.setattr(device, "_missing", lambda number: None)
-    monkeypatch.setitem(dispatch.PREFERENCE, "cupy", ("cuda",))
+    monkeypatch.setitem(dispatch.PREFERENCE, "cupy", ("cuda", "array_api"))
     return emulator
 
 
@@ -286,18 +286,27 @@ def test_softmax_kernels_meet_no_array_of_the_host(name, strict_device):
     assert strict_device.launches
 
 
-def test_kernels_of_listed_keys_meet_no_array_of_the_host(strict_device):
-    """And without waiting for the device."""
-    for name in ("graph_attention", "gat_attention", "bp_attention"):
-        operation, args, options = CALLS[name]
-        with pyattn.use_backend("cpu"):
-            want = both_ways(operation, args, options)
-        before = dict(strict_cupy.synchronisations)
-        got = both_ways(operation, on_device(args), options)
-        assert strict_cupy.synchronisations == before
-        for a, b in zip(leaves(on_host(got)), leaves(on_host(want)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-    assert "edges_backward_keys" in {name for name, _ in strict_device.launches}
+# the kernels that a function launches, by the beginning of their names
+LAUNCHED = {"graph_attention": "edges", "gat_attention": "edges", "bp_attention": "edges",
+            "linear_attention": "linear", "performer_attention": "linear",
+            "nsa_attention": "selected", "lsh_attention": "softmax",
+            "routing_attention": "softmax"}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_kernels_meet_no_array_of_the_host(name, strict_device):
+    """And nothing waits for the device but the host for what content has decided."""
+    operation, args, options = CALLS[name]
+    with pyattn.use_backend("cpu"):
+        want = both_ways(operation, args, options)
+    before = len(strict_cupy.crossings)
+    got = both_ways(operation, on_device(args),
+                    {key: floats_on_device(x) for key, x in options.items()})
+    waits = [x.by for x in strict_cupy.crossings[before:] if x.way != "to device"]
+    assert [by for by in waits if by != ("arrays.py", "to_host", "decided")] == []
+    for a, b in zip(leaves(on_host(got)), leaves(on_host(want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert any(launched.startswith(LAUNCHED[name]) for launched, _ in strict_device.launches)
 
 
 # dispatch

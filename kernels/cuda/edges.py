@@ -28,6 +28,7 @@ from .layout import (
     OPERAND,
     Keeper,
     as_sums,
+    copied,
     fields,
     operand,
     readable,
@@ -236,12 +237,6 @@ def once(make: Callable[..., Made], device: Device, edges: Any, *options: int) -
     if key not in known:
         known[key] = make(device, edges, *options)
     return known[key]
-
-
-def copied(device: Device, x: np.ndarray, dtype: Any = None) -> Array:
-    """Return a copy of a host array; of records, which array libraries may not know, the bytes."""
-    x = np.ascontiguousarray(x, dtype)
-    return device.constant(x.view(np.uint8) if x.dtype.names else x)
 
 
 def lines_of(device: Device, start: np.ndarray, members: np.ndarray, line: np.ndarray, most: int,

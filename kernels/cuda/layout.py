@@ -95,6 +95,12 @@ def roomy_width(width: int, dtype: Any) -> int:
     return -(-width // chunk) * chunk
 
 
+def copied(device: Device, x: np.ndarray, dtype: Any = None) -> Array:
+    """Return a copy of a host array; of records, which CuPy does not know, the bytes."""
+    x = np.ascontiguousarray(x, dtype)
+    return device.constant(x.view(np.uint8) if x.dtype.names else x)
+
+
 class Keeper:
     """A device, and the arrays whose addresses a launch was given: they must outlive it."""
 
@@ -110,7 +116,7 @@ class Keeper:
 
     def constant(self, x: np.ndarray, dtype: Any = np.int32) -> int:
         """Return where a copy of a host array is."""
-        return self.address(self.device.constant(np.ascontiguousarray(x, dtype)))
+        return self.address(copied(self.device, x, dtype))
 
 
 def operand(device: Device, x: Array) -> tuple[int, int, int, int]:

@@ -23,6 +23,7 @@ from .layout import (
     OPERAND,
     Keeper,
     as_sums,
+    copied,
     fields,
     operand,
     readable,
@@ -282,7 +283,7 @@ class Call(Keeper):
 
     def host(self, x: np.ndarray) -> int:
         """Return where a copy of a host array is, as it is; 0 for one that is empty."""
-        return self.address(self.device.constant(np.ascontiguousarray(x))) if x.size else 0
+        return self.address(copied(self.device, x)) if x.size else 0
 
     def bundles(self, rows: int) -> tuple[np.ndarray, int]:
         """Return the struct Bundles for blocks of `rows`, and how many blocks that makes."""

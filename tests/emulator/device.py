@@ -205,6 +205,7 @@ class EmulatedDevice:
 
     def constant(self, x):
         """Return a copy of `x` that nobody may write to."""
+        assert x.dtype.names is None, "CuPy knows no records"
         copy = np.array(x, order="C")
         copy.flags.writeable = False
         return copy
