@@ -8,10 +8,11 @@ shapes, and other orders of threads and blocks. Without a C++ compiler all of it
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from pyattn.kernels.cuda import linear
 from table import BFLOAT16, Shape
-from test_linear import both, draw, judge, made, same
+from test_linear import both, dense, draw, judge, made, same
 
 import pyattn
 from pyattn.checks import BackendError
@@ -230,19 +231,124 @@ def test_mistakes_are_found(planted, device, tmp_path):
         judge(made("exp", 8), Shape((1,), 2, 1, 150, 150, 8, 5), np.float64, "cuda", causal=True)
 
 
-@pytest.mark.parametrize(("made_of", "e", "message"), [
-    (FeatureMap("elu1"), 200, "at most 128 wide"),
-    (FeatureMap("relu", np.ones((100, 4))), 4, "does not fit")])
-def test_what_is_left_to_others(made_of, e, message, device):
+@pytest.fixture
+def narrow(device, monkeypatch):
+    """The device, with parts of 32 features and columns, and tokens that are wider than that."""
+    monkeypatch.setattr(linear, "WIDTHS", linear.WIDTHS[:1])
+    return device
+
+
+def projected(kind, f, d):
+    w = np.random.default_rng(d).standard_normal((f, d))
+    return FeatureMap(kind, w, scale=d ** -0.25, epsilon=0.01 if kind == "relu" else 0.0)
+
+
+PARTS = [(FeatureMap("elu1"), 36), (projected("exp", 40, 36), 36), (projected("relu", 40, 20), 20),
+         (FeatureMap("identity"), 70)]
+
+
+@every_dtype
+@pytest.mark.parametrize("number", range(3))
+def test_what_is_wide_is_done_in_parts(number, dtype, narrow):
+    """Of features, of values, of both, and of tokens that are projected."""
+    number = (number + DTYPES.index(dtype)) % len(PARTS)
+    found, d = PARTS[number]
+    judge(found, Shape((1,), 2, 1, 70, 66, d, 45 if number != 2 else 13), dtype, "cuda",
+          causal=number != 3, normalize=found.kind != "identity", order="kv")
+    assert len([name for name, _ in narrow.launches if name == "linear"]) >= 2 * 5
+
+
+@pytest.mark.parametrize(("number", "causal"), [(0, False), (1, True)])
+def test_pieces_of_what_is_wide(number, causal, narrow):
+    """States in parts, handed on with their gradients, and the same bits in whatever order."""
+    found, d = PARTS[number]
+    q, k, v = draw(Shape((1,), 1, 1, 30, 30, d, 37))
+    rng = np.random.default_rng(0)
+    dout, dsums = rng.standard_normal((1, 1, 30, 37)), rng.standard_normal((1, 1, 40, 38))
+    runs = []
+    for backend, narrow.seed in (("cpu", 0), ("cuda", 0), ("cuda", 1)):
+        given = {"feature_map": found, "causal": causal, "return_state": True}
+        with pyattn.use_backend(backend):
+            (first, state), before = engine.forward(q, k, v, **given)
+            (out, state), saved = engine.forward(q, k, v, **given, state=state,
+                                                 kv_lengths=21)
+            sums = state.sums if found.kind == "exp" else state
+            grads = saved.backward(dout, dsums[..., :sums.shape[2], :])
+            earlier = before.backward(dout, grads.state)
+        runs.append((first, out, sums, *grads, *earlier))
+    same(runs[1], runs[0])
+    for x, y in zip(*runs[1:], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda x: np.dtype(x).name)
+def test_gradients_that_cancel_err_like_plain_arithmetic(dtype, device):
+    """Of one feature the weights are the keys', whatever the query: dq is 0, as a sum that cancels.
+
+    Then one draw tells nothing: plain arithmetic may be exact by luck.
+    """
+    shape, errors = Shape((), 1, 1, 2, 3, 1, 1), []
+    for seed in range(12):
+        given = draw(shape, dtype, seed)
+        dout = np.random.default_rng(seed).standard_normal((1, 2, 1)).astype(dtype)
+        exact, rough = (dense(FeatureMap("elu1"), *given, dout, r, causal=True)["q"]
+                        for r in (oracle.exact(dtype), oracle.plain(dtype)))
+        with pyattn.use_backend("cuda"):
+            _, saved = engine.forward(*given, feature_map=FeatureMap("elu1"), causal=True,
+                                      order="kv")
+            found = saved.backward(dout).q
+        errors.append([np.abs(x - exact).max() for x in (found, rough)])
+    own, plain = np.sum(errors, axis=0)
+    assert own <= 2 * plain
+
+
+@pytest.mark.parametrize(("made_of", "e", "memory", "message"), [
+    (FeatureMap("elu1"), 4000, 227, r"take 125 parts, 32 of each .* 64 are allowed"),
+    (FeatureMap("relu", np.ones((100, 4))), 4, 64, "does not fit the 65536 bytes")])
+def test_what_is_left_to_others(made_of, e, memory, message, device, monkeypatch):
+    monkeypatch.setattr(device, "shared_memory", memory * 1024)
     x, v = np.ones((1, 3, 4)), np.ones((1, 3, e))
     with pyattn.use_backend("cuda"), pytest.raises(BackendError, match=message):
         engine.forward(x, x, v, feature_map=made_of)
 
 
+def test_tilings_fit(device):
+    """Of all that a GPU may be asked for: the default of `performer_attention`, and wider."""
+    for memory in linear.SHARED.values():
+        for name in linear.TOKENS:
+            for d, f, e, is_projected in ((64, 266, 64, True), (128, 620, 128, True),
+                                          (512, 512, 256, False), (64, 512, 256, True)):
+                x = linear.tiling(name, d, f, e, is_projected, memory)
+                assert linear.shared_bytes(name, x, is_projected) <= memory
+                assert x.width >= 64
+                assert len(linear.parts(f, e, x.width)) <= 32
+    assert linear.tiling("bfloat16", 64, 266, 64, True, memory).width == 64
+    assert linear.tiling("bfloat16", 64, 64, 64, True, memory).width == 64
+    assert linear.tiling("bfloat16", 128, 620, 128, True, memory).width == 128
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize(("made_of", "d", "e", "dtype"), [
+    (projected("exp", 266, 64), 64, 64, BFLOAT16),
+    (projected("relu", 200, 64), 64, 256, np.float16), (FeatureMap("elu1"), 260, 130, np.float64)],
+    ids=["performer-bfloat16", "values-float16", "features-float64"])
+def test_wide_ones(made_of, d, e, dtype, device):
+    judge(made_of, Shape((1,), 1, 1, 37, 30, d, e), dtype, "cuda", causal=True, order="kv")
+
+
+@pytest.mark.gate
+def test_mistakes_with_parts_are_found(narrow, tmp_path):
+    """Each part with a stabiliser of its own, which no sum over parts can tell."""
+    text, right = (linear.devices.compile.SOURCES / "linear.cu").read_text(), "KIND == EXP && most"
+    assert text.count(right) == 1
+    (tmp_path / "linear.cu").write_text(text.replace(right, "false"))
+    narrow.folders = (tmp_path,)
+    with pytest.raises(AssertionError):
+        judge(PARTS[1][0], Shape((1,), 2, 1, 40, 40, 36, 45), np.float64, "cuda", causal=True)
+
+
 WIDE = [(kind, width, dtype) for kind in ("elu1", "exp") for width in linear.WIDTHS
-        for dtype in (np.float16, BFLOAT16, np.float32, np.float64)
-        # these do not fit shared memory, and are refused
-        if (kind, width) != ("exp", 128) or dtype not in (np.float32, np.float64)]
+        for dtype in DTYPES]
 
 
 @pytest.mark.gate

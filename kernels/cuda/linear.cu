@@ -74,15 +74,29 @@ DEVICE void fetch_visit(const LinearArguments& a, const Block& block, const Step
         fetch_columns(a, block, step, visit, true);
 }
 
+// The queries or keys of a step, of a head.
+DEVICE Tokens tokens_of(const LinearArguments& a, const Block& block, const Step& step,
+                        const Array& from, bool queries, int head) {
+    const int heads = queries ? a.heads : a.groups;
+    const int length = queries ? a.n : a.m;
+    const Sum* most = queries ? a.query_most : a.key_most;
+    Tokens tokens = {from, head, queries ? step.query : step.key,
+                     queries ? step.queries : step.keys, 0};
+    if (KIND == EXP && most)
+        tokens.most = most + (i64(block.batch) * heads + head) * length + tokens.first;
+    return tokens;
+}
+
 // Takes tokens that were fetched as features, as values, or as g; says whether all is finite.
 DEVICE bool take_features(const LinearArguments& a, const Block& block, u32 tile, u32 raw,
-                          int count) {
+                          const Tokens& tokens) {
     if (!PROJECTED)
-        return take(tile, raw, count, a.d, [&](int, Sum x) { return feature(a, a.scale * x); });
-    Projected projected(a, block, tile, raw, count);
+        return take(tile, raw, tokens.count, a.d,
+                    [&](int, Sum x) { return feature(a, a.scale * x); });
+    Projected projected(a, block, tile, raw, tokens);
     for (int r = 0; r < 2; r++)
-        projected.each(a, block, r, [&](int, Sum& x) { x = feature(a, x); });
-    return projected.store(a, block, tile, count);
+        projected.each(block, r, [&](int, Sum& x) { x = feature(a, x); });
+    return projected.store(block, tile, tokens.count);
 }
 
 DEVICE bool take_values(const LinearArguments& a, u32 tile, u32 raw, int count) {
@@ -104,7 +118,8 @@ DEVICE bool take_pulls(const LinearArguments& a, const Block& block, u32 tile, u
 
 DEVICE void take_rows(const LinearArguments& a, const Block& block, const Step& step, int head) {
     if (PASS == OUT || PASS == DV)
-        take_features(a, block, block.x, block.raw_x, step.rows);
+        take_features(a, block, block.x, block.raw_x,
+                      tokens_of(a, block, step, a.x, PASS == OUT, head));
     else if (PASS == DQ)
         take_pulls(a, block, block.x, block.raw_x, head, step.row, step.rows);
     else
@@ -113,7 +128,8 @@ DEVICE void take_rows(const LinearArguments& a, const Block& block, const Step& 
 
 DEVICE void take_y(const LinearArguments& a, const Block& block, const Step& step, int head) {
     if (PASS == OUT || PASS == DV)
-        take_features(a, block, block.y, block.raw_y, step.columns);
+        take_features(a, block, block.y, block.raw_y,
+                      tokens_of(a, block, step, a.y, PASS == DV, head));
     else if (PASS == DQ)
         take_values(a, block.y, block.raw_y, step.columns);
     else
@@ -125,7 +141,8 @@ DEVICE bool take_z(const LinearArguments& a, const Block& block, const Step& ste
         return take_values(a, block.z, block.raw_z, step.columns);
     if (PASS == DV)
         return take_pulls(a, block, block.z, block.raw_z, head, step.column, step.columns);
-    return take_features(a, block, block.z, block.raw_z, step.columns);
+    return take_features(a, block, block.z, block.raw_z,
+                         tokens_of(a, block, step, a.z, PASS == DK, head));
 }
 
 // Writes 1 / denominator and the denominators' gradients, of a step's queries, to shared memory.
@@ -216,7 +233,7 @@ struct State {
             return;
         const Sum* place = from.of(pair, span);
         each(a, [&](int f, int e, Sum& x) { x = place[i64(f) * from.row + e]; });
-        if (a.normalize && threadIdx.x < a.f)
+        if (a.vector && threadIdx.x < a.f)
             last = place[from.last + i64(threadIdx.x) * from.last_row];
     }
 
@@ -226,7 +243,7 @@ struct State {
             return;
         Sum* place = to.of(pair, span);
         each(a, [&](int f, int e, Sum& x) { place[i64(f) * to.row + e] = x; });
-        if (a.normalize && threadIdx.x < a.f)
+        if (a.vector && threadIdx.x < a.f)
             place[to.last + i64(threadIdx.x) * to.last_row] = last;
     }
 
@@ -253,7 +270,7 @@ struct State {
             int(threadIdx.x) / 32 / STRIP_WARPS * STATE_COLUMNS,
             KIND == EXP ? block.column_factors : 0u);
         // of dv nothing needs the vector
-        if (!a.normalize || PASS == DV || threadIdx.x >= SIDE)
+        if (!a.vector || PASS == DV || threadIdx.x >= SIDE)
             return;
         _Pragma("unroll 4")
         for (int token = 0; token < TOKENS; token++) {
@@ -292,7 +309,7 @@ struct Found {
         for (int h = 0; h < 2; h++) {
             const int row = block.row(h);
             const Sum factor = KIND == EXP ? shared_sum(block.row_factors, row) : Sum(1);
-            if (PASS == OUT && a.normalize) {
+            if (PASS == OUT && a.vector) {
                 // a thread does a quarter of the row
                 for (int chunk = pair_of_lane(); chunk < SIDE / CHUNK; chunk += 4) {
                     Chunk phi;
@@ -304,10 +321,10 @@ struct Found {
                 }
                 den[h] *= factor;
             }
-            const bool also_last = a.normalize && (PASS == DQ || PASS == DK);
-            if (!also_last && KIND != EXP)
+            const bool also_last = a.vector && (PASS == DQ || PASS == DK);
+            const bool divided = a.normalize && PASS == DQ;
+            if (!also_last && !divided && KIND != EXP)
                 continue;
-            const bool divided = also_last && PASS == DQ;
             const Sum pull = divided ? shared_sum(block.pulls, row) : Sum(1);
             const Sum share = divided ? shared_sum(block.shares, row) : Sum(1);
             UNROLL
@@ -338,7 +355,7 @@ struct Found {
             bits[h].set(PASS <= DQ ? bits_below(row + step.shift + 1) & columns
                                    : ~bits_below(row - step.shift) & columns, 0);
             const bool changed = a.normalize && PASS == DQ;
-            const Sum pull = changed ? shared_sum(block.pulls, row) : Sum(0);
+            const Sum pull = changed && a.vector ? shared_sum(block.pulls, row) : Sum(0);
             const Sum share = changed ? shared_sum(block.shares, row) : Sum(1);
             UNROLL
             for (int i = 0; i < TOKENS / 8; i++)
@@ -347,7 +364,7 @@ struct Found {
                     Sum& x = pairs[0][i][2 * h + c];
                     if (changed)
                         x = times_plus(share, x, pull);
-                    if (a.normalize && PASS == DK)
+                    if (a.vector && PASS == DK)
                         x += shared_sum(block.pulls, 8 * i + 2 * pair_of_lane() + c);
                     if (KIND == EXP) {
                         const int column = 8 * i + 2 * pair_of_lane() + c;
@@ -379,12 +396,13 @@ struct Found {
         multiply_weights<TOKENS, RESULT>(sums, weights, z, 0);
     }
 
-    // Gradients of projected features become those of the tokens.
+    // Gradients of projected features become those of the tokens, and are written.
     __device__ __forceinline__ void project_back(const LinearArguments& a, const Block& block,
-                                                 const Step& step) {
+                                                 const Step& step, int head) {
         wait_copies<0>();
         __syncthreads();            // the rows have been read
-        Projected projected(a, block, block.x, block.raw_tokens, step.rows);
+        Projected projected(a, block, block.x, block.raw_tokens,
+                            tokens_of(a, block, step, a.tokens, PASS == DQ, head));
         UNROLL
         for (int h = 0; h < 2; h++) {
             UNROLL
@@ -395,33 +413,55 @@ struct Found {
                     x = slope(a, x) * sums[0][i][2 * h + c];
                 }
             Sum total = 0;
-            projected.each(a, block, h, [&](int, Sum& x) { total += x; });
+            projected.each(block, h, [&](int, Sum& x) { total += x; });
             total += __shfl_xor_sync(~0u, total, 1);
             total += __shfl_xor_sync(~0u, total, 2);
             if (pair_of_lane() == 0)
                 store_sum(block.totals, block.part * TOKENS + block.row(h), total);
         }
-        projected.store(a, block, block.x, step.rows);
-        __syncthreads();
-        clear(sums);
-        multiply_by(sums, block.x, block.own, block.projection, block.part_column);
+        projected.store(block, block.x, step.rows);
+        _Pragma("unroll 1")
+        for (int begin = 0; begin == 0 || (DEEP && begin < a.d); begin += SIDE) {
+            __syncthreads();        // they are there, and the projection before has been read
+            if (DEEP) {
+                fetch_projection(a, block, 0, begin);
+                commit_copies();
+                wait_copies<0>();
+                __syncthreads();
+            }
+            clear(sums);
+            multiply_by(sums, block.x, block.own, block.projection, block.part_column);
+            write(a, block, step, head, begin);
+        }
     }
 
+    // Denominators of a query, or 0 for an empty row, when all parts before were added.
+    __device__ __forceinline__ Sum denominator(const LinearArguments& a, const Block& block,
+                                               i64 line, Sum total) const {
+        if (a.den_before)
+            total += a.den_before[line];
+        if (a.vector && a.final)
+            total = larger(total, -total) <= a.least ? Sum(0) : total + a.added;
+        if (a.vector && block.part_column == 0 && pair_of_lane() == 0)
+            a.den[line] = total;
+        return total;
+    }
+
+    // `begin`: of the columns, the first.
     __device__ __forceinline__ void write(const LinearArguments& a, const Block& block,
-                                          const Step& step, int head) const {
+                                          const Step& step, int head, int begin) const {
         UNROLL
         for (int h = 0; h < 2; h++) {
             const int row = block.row(h);
             Sum share = 1;
             if (PASS == OUT && a.normalize) {
-                Sum total = den[h];
+                Sum total = a.vector ? den[h] : Sum(0);
                 total += __shfl_xor_sync(~0u, total, 1);
                 total += __shfl_xor_sync(~0u, total, 2);
-                // an empty row stays one
-                total = larger(total, -total) <= a.least ? Sum(0) : total + a.added;
+                if (row < step.rows)
+                    total = denominator(a, block, (i64(block.batch) * a.heads + head) * a.n
+                                                      + step.row + row, total);
                 share = total == 0 ? Sum(0) : 1 / total;
-                if (row < step.rows && block.part_column == 0 && pair_of_lane() == 0)
-                    a.den[(i64(block.batch) * a.heads + head) * a.n + step.row + row] = total;
             }
             if (row >= step.rows)
                 continue;
@@ -430,19 +470,16 @@ struct Found {
                 UNROLL
                 for (int part = 0; part < PARTS; part++)
                     total += shared_sum(block.totals, part * TOKENS + row);
-            Raw* to = a.out.token(block.batch, head, step.row + row);
+            const i64 place = a.out.place(block.batch, head, step.row + row);
             const int width = width_of_z(a);
             UNROLL
             for (int i = 0; i < RESULT / 8; i++) {
-                const int column = block.part_column + 8 * i + 2 * pair_of_lane();
+                const int column = begin + block.part_column + 8 * i + 2 * pair_of_lane();
                 if (column >= width)
                     continue;
                 Sum x = sums[0][i][2 * h];
                 Sum y = sums[0][i][2 * h + 1];
-                if (PASS == OUT) {
-                    x = share == 0 ? Sum(0) : x * share;
-                    y = share == 0 ? Sum(0) : y * share;
-                } else if (PASS == DQ || PASS == DK) {
+                if (PASS == DQ || PASS == DK) {
                     Sum token[2];
                     load_pair(a.tokens.token(block.batch, head, step.row + row) + column, token[0],
                               token[1]);
@@ -457,7 +494,20 @@ struct Found {
                     x *= a.scale;
                     y *= a.scale;
                 }
-                store_raw_pair(to + column, x, y);
+                if (!a.first) {
+                    const SumPair before = *(const SumPair*)(a.partial + place + column);
+                    x += before.x;
+                    y += before.y;
+                }
+                if (!a.final) {
+                    *(SumPair*)(a.partial + place + column) = SumPair{x, y};
+                    continue;
+                }
+                if (PASS == OUT) {
+                    x = share == 0 ? Sum(0) : x * share;
+                    y = share == 0 ? Sum(0) : y * share;
+                }
+                store_raw_pair(a.out.at + place + column, x, y);
             }
         }
     }
@@ -481,8 +531,8 @@ linear(const __grid_constant__ LinearArguments a) {
         return Visit{backwards ? end - 1 - step : begin + step, number % heads};
     };
 
-    if (PROJECTED)
-        fetch_projection(a, block);
+    if (PROJECTED && !DEEP)
+        fetch_projection(a, block, 0, 0);
     State state;
     state.load(a, a.before, blockIdx.x, CAUSAL || !READS ? blockIdx.y : 0);
     Found found;
@@ -543,8 +593,9 @@ linear(const __grid_constant__ LinearArguments a) {
                 found.meet(a, block, step, bad);
             if (PASS <= DQ || visit.head == block.shared_heads - 1) {
                 if (projects_back)
-                    found.project_back(a, block, step);
-                found.write(a, block, step, rows_of);
+                    found.project_back(a, block, step, rows_of);
+                else
+                    found.write(a, block, step, rows_of, 0);
             }
         }
     }

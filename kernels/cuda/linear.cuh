@@ -4,8 +4,9 @@
 // HALF: arrays are fp16 and tiles fp32, of which a product takes 16 bits: more than fp16 has, and
 // sums over keys and shares of them may leave its range.
 //
-// PASS, READS, CAUSAL, KIND and PROJECTED are constants of a kernel, or with GENERIC what its
-// arguments say. Features of kind EXP are always projected.
+// PASS, READS, CAUSAL, KIND, PROJECTED and DEEP are constants of a kernel, or with GENERIC what its
+// arguments say. Features of kind EXP are always projected. DEEP: the tokens that are projected are
+// wider than a tile, and come in parts of SIDE columns, with as much of the projection.
 #pragma once
 #include "nonfinite.cuh"
 
@@ -15,6 +16,7 @@
 #define CAUSAL a.causal
 #define KIND a.kind
 #define PROJECTED a.projected
+#define DEEP (a.d > SIDE)
 #endif
 
 enum { IDENTITY = 0, ELU1 = 1, RELU = 2, EXP = 3 };
@@ -51,8 +53,12 @@ struct Array {
     Raw* at;
     i64 b, h, n;
 
+    __device__ __forceinline__ i64 place(int batch, int head, int number) const {
+        return batch * b + head * h + number * n;
+    }
+
     __device__ __forceinline__ Raw* token(int batch, int head, int number) const {
-        return at + batch * b + head * h + number * n;
+        return at + place(batch, head, number);
     }
 };
 
@@ -67,6 +73,12 @@ struct States {
         return at + pair_number * pair + span_number * span;
     }
 };
+
+#if ELEMENT == F64
+typedef double2 SumPair;
+#else
+typedef float2 SumPair;
+#endif
 
 DEVICE Sum exponential(Sum x) {
 #if ELEMENT == F64
@@ -121,10 +133,8 @@ DEVICE void store_chunk(u32 to, const Sum* x) {
 }
 
 DEVICE void store_tile_pair(u32 to, Sum x, Sum y) {
-#if ELEMENT == F64
-    store_shared(to, double2{x, y});
-#elif ELEMENT == F32
-    store_shared(to, float2{x, y});
+#if ELEMENT >= F32
+    store_shared(to, SumPair{x, y});
 #else
     store_shared(to, pack(x, y));
 #endif
@@ -147,10 +157,10 @@ DEVICE Sum as_taken(Sum x) {
 
 enum { RAW_ACROSS = SIDE / RAW_CHUNK, RAW_CHUNKS = TOKENS * RAW_ACROSS };
 
-// `count` tokens from `first` on, of `width` numbers each; zeros for the rest.
+// `count` tokens from `first` on, and of each `width` numbers from `begin` on; zeros for the rest.
 DEVICE void fetch(u32 raw, const Array& from, int batch, int head, int first, int count,
-                  int width) {
-    const Raw* start = from.token(batch, head, first);
+                  int width, int begin = 0) {
+    const Raw* start = from.token(batch, head, first) + begin;
     _Pragma("unroll 2")
     for (int i = threadIdx.x; i < RAW_CHUNKS; i += THREADS) {
         const int row = i / RAW_ACROSS;
@@ -335,23 +345,32 @@ DEVICE void multiply_columns(Sum (&c)[STRIPS][TILES][4], u32 z, int column_of_z,
 
 // ---- problem
 
+// A launch does a part: F of the features, and E of the values' columns, at which operands and
+// states begin. Results are sums over parts, of either or of both.
 struct LinearArguments {
     Array x, y, z, out;
     Array tokens;               // DQ: q; DK: k
-    Sum* den;                   // OUT: (batch, heads, n), or 0
+    Sum* partial;               // laid out as out: the results of the parts before, if this is not
+                                // the first; and if it is not the final one, where to leave them
+    Sum* den;                   // OUT: denominators, (batch, heads, n), likewise: here they are left,
+    const Sum* den_before;      // and here are those before, or 0; without `vector` these are all
     const Sum* inverse;         // 1 / denominator, or 0 of empty rows; and the gradient of each
     const Sum* pull;            // denominator: (batch, heads, n); 0: not normalised
     States before, after;       // of spans; at = 0: zeros, and not wanted
-    const Stored* projection;   // (SIDE, SIDE), zeros beyond (F, D); or 0
+    const Stored* projection;   // (F, D), rows `depth` apart and zeros up to multiples of SIDE; or 0
     const Sum* tops;            // kind EXP: stabilisers of keys, (pairs, m), and the largest before
     const Sum* running;         // each TOKENS keys and behind the last, (pairs, chunks + 1)
+    const Sum* query_most;      // and where there are more features than here, the largest product
+    const Sum* key_most;        // with the projection: (batch, heads, n) and (batch, groups, m)
     const int* q_lengths;       // (batch,)
     const int* kv_lengths;
     const int* offset;
     int batch, heads, groups, n, m, d, f, e;
     int each;                   // steps of a span
-    int chunks;
-    int pass, reads, causal, kind, projected, normalize;
+    int chunks, depth;
+    int pass, reads, causal, kind, projected;
+    int normalize, vector;      // whether there are denominators; whether this part has their sums
+    int first, final;
     Sum scale, epsilon;         // of features
     Sum added, least;           // to denominators; and up to where these count as 0
 };
@@ -485,33 +504,76 @@ DEVICE void store_sum(u32 to, int number, Sum x) {
 
 // ---- features of projected tokens
 
-DEVICE void fetch_projection(const LinearArguments& a, const Block& block) {
+// SIDE rows of it from feature `first` on, and SIDE columns from `begin` on.
+DEVICE void fetch_projection(const LinearArguments& a, const Block& block, int first, int begin) {
+    const Stored* start = a.projection + i64(first) * a.depth + begin;
     for (int i = threadIdx.x; i < SIDE * SIDE / CHUNK; i += THREADS) {
         const int row = i / (SIDE / CHUNK);
         const int column = i % (SIDE / CHUNK) * CHUNK;
         copy_async<16>(place<SIDE>(block.projection, row, column),
-                       a.projection + row * SIDE + column, true);
+                       start + i64(row) * a.depth + column, true);
     }
 }
 
-// h = projection x for 16 rows of a step, and a part of the features; the tokens x, scaled, lie in
-// `tile` afterwards. Of kind EXP h is less the largest of each row, which is in `most`.
+// Tokens of a step, and where they are from.
+struct Tokens {
+    const Array& from;
+    int head, first, count;
+    const Sum* most;            // of kind EXP the largest h of the first of them; 0: not known yet
+};
+
+// h = projection x for 16 rows of a step, and a part of the features. Of kind EXP h is less the
+// largest of each row, which is in `most`.
 struct Projected {
     Sum h[1][RESULT / 8][4];
     Sum most[2];
+    int features;
+
+    // The tokens' first columns are in `raw`, and unless DEEP so is the projection in its place.
+    // `visit()` is called whenever columns of the tokens, scaled, lie in `tile`.
+    template<class Visit>
+    __device__ __forceinline__ Projected(const LinearArguments& a, const Block& block, u32 tile,
+                                         u32 raw, const Tokens& tokens, int first, Visit visit) {
+        features = a.f - first;
+        clear(h);
+        _Pragma("unroll 1")
+        for (int begin = 0; begin == 0 || (DEEP && begin < a.d); begin += SIDE) {
+            if (DEEP) {
+                __syncthreads();        // what was there has been read
+                fetch_projection(a, block, first, begin);
+                if (begin > 0)
+                    fetch(raw, tokens.from, block.batch, tokens.head, tokens.first, tokens.count,
+                          a.d - begin, begin);
+                commit_copies();
+                wait_copies<0>();
+            }
+            take(tile, raw, tokens.count, a.d - begin, [&](int, Sum x) { return a.scale * x; });
+            __syncthreads();
+            multiply_rows<SIDE>(h, tile, block.own, block.projection, block.part_column);
+            visit();
+        }
+        if (KIND == EXP)
+            subtract_most(block, tokens);
+    }
 
     __device__ __forceinline__ Projected(const LinearArguments& a, const Block& block, u32 tile,
-                                         u32 raw, int count) {
-        take(tile, raw, count, a.d, [&](int, Sum x) { return a.scale * x; });
-        __syncthreads();
-        clear(h);
-        multiply_rows<SIDE>(h, tile, block.own, block.projection, block.part_column);
-        if (KIND != EXP)
+                                         u32 raw, const Tokens& tokens)
+        : Projected(a, block, tile, raw, tokens, 0, [] {}) {}
+
+    __device__ __forceinline__ void subtract_most(const Block& block, const Tokens& tokens) {
+        if (tokens.most) {
+            UNROLL
+            for (int r = 0; r < 2; r++) {
+                const int row = block.row(r);
+                most[r] = row < tokens.count ? tokens.most[row] : Sum(0);
+                each(block, r, [&](int, Sum& x) { x -= most[r]; });
+            }
             return;
+        }
         UNROLL
         for (int r = 0; r < 2; r++) {
             most[r] = -INFINITE;
-            each(a, block, r, [&](int, Sum& x) { most[r] = larger_number(most[r], x); });
+            each(block, r, [&](int, Sum& x) { most[r] = larger_number(most[r], x); });
             most[r] = larger_number(most[r], __shfl_xor_sync(~0u, most[r], 1));
             most[r] = larger_number(most[r], __shfl_xor_sync(~0u, most[r], 2));
             if (pair_of_lane() == 0)
@@ -524,28 +586,26 @@ struct Projected {
             for (int part = 0; part < PARTS; part++)
                 most[r] = larger_number(most[r],
                                         shared_sum(block.largest, part * TOKENS + block.row(r)));
-            each(a, block, r, [&](int, Sum& x) { x -= most[r]; });
+            each(block, r, [&](int, Sum& x) { x -= most[r]; });
         }
     }
 
     // visit(number of the feature, reference) for what this thread has of its row r, 0 or 1.
     template<class Each>
-    __device__ __forceinline__ void each(const LinearArguments& a, const Block& block, int r,
-                                         Each visit) {
+    __device__ __forceinline__ void each(const Block& block, int r, Each visit) {
         UNROLL
         for (int i = 0; i < RESULT / 8; i++)
             UNROLL
             for (int c = 0; c < 2; c++) {
                 const int f = block.part_column + 8 * i + 2 * pair_of_lane() + c;
-                if (f < a.f)
+                if (f < features)
                     visit(f, h[0][i][2 * r + c]);
             }
     }
 
     // Writes what has become of h where the tokens are, when all have read these; zeros for rows
     // from `count` on. Returns whether all is finite.
-    __device__ __forceinline__ bool store(const LinearArguments& a, const Block& block, u32 tile,
-                                          int count) const {
+    __device__ __forceinline__ bool store(const Block& block, u32 tile, int count) const {
         bool fine = true;
         __syncthreads();
         UNROLL
@@ -554,8 +614,8 @@ struct Projected {
             for (int i = 0; i < RESULT / 8; i++) {
                 const int column = block.part_column + 8 * i + 2 * pair_of_lane();
                 const bool there = block.row(r) < count;
-                const Sum x = there && column < a.f ? h[0][i][2 * r] : Sum(0);
-                const Sum y = there && column + 1 < a.f ? h[0][i][2 * r + 1] : Sum(0);
+                const Sum x = there && column < features ? h[0][i][2 * r] : Sum(0);
+                const Sum y = there && column + 1 < features ? h[0][i][2 * r + 1] : Sum(0);
                 fine &= is_finite(x) && is_finite(y);
                 store_tile_pair(place<TOKENS>(tile, block.row(r), column), x, y);
             }

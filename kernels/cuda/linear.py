@@ -13,6 +13,11 @@ likewise the backward, for dq as above, for dk and dv with the gradients of stat
 span to the first. A state takes F (E + 1) numbers, and there are no more of them than OCCUPIED
 blocks for each multiprocessor, and no more than one for each SHORTEST steps of a key/value head;
 nothing else grows with the tokens but a few numbers for each. No launch adds atomically.
+
+A block has room for states of up to WIDTHS[-1] features and columns of values, less for some dtypes
+and maps. What is wider is done in parts, one set of launches after another: all that is computed is
+a sum over features, over columns, or over both. What the parts before have found is kept in sums as
+large as the result. Stabilisers need all features, so another kernel finds them first.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from .layout import (
     operand,
     readable,
     roomy,
+    roomy_width,
     struct,
     sum_type,
 )
@@ -44,7 +50,7 @@ KINDS = ("identity", "elu1", "relu", "exp")
 """As linear.cuh numbers them."""
 
 WIDTHS = (32, 64, 128)
-"""What features and values are rounded up to, both to the wider one's."""
+"""What the features and columns of a part are rounded up to, both to the wider one's."""
 
 OUT, DQ, DV, DK = range(4)
 """Passes, as linear.cu numbers them."""
@@ -54,6 +60,9 @@ OCCUPIED = 2
 
 SHORTEST = 4
 """Steps of a span, at least."""
+
+PARTS = 64
+"""At most; with more of them `array_api` is no slower."""
 
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block may have, by architecture."""
@@ -75,17 +84,62 @@ TOKENS = {"bfloat16": (64, 64, 64), "float16": (64, 32, 32), "float32": (64, 32,
 """Tokens of a step by dtype, for each of WIDTHS."""
 
 
-def tiling(name: str, widest: int) -> Tiling:
-    """Return the tiling for a dtype, and features and values of at most `widest`."""
-    number = next(i for i, width in enumerate(WIDTHS) if width >= widest)
-    return Tiling(WIDTHS[number], TOKENS[name][number], 8 if WIDTHS[number] == 128 else 4,
-                  2 if WIDTHS[number] <= 64 else 1)
+def tilings(name: str, depth: int, memory: int) -> list[Tiling]:
+    """Return the tilings for a dtype that fit in `memory` bytes, narrow ones first.
+
+    `depth` is the width of tokens that are projected, or 0. Where steps of as many tokens do not
+    fit, be it the registers, they have half of them.
+    """
+    found = []
+    for width, most in zip(WIDTHS, TOKENS[name], strict=False):
+        panel, warps = 128 // stored_bytes(name), 8 if width == 128 else 4
+        for tokens in (most, most // 2):
+            x = Tiling(width, tokens, warps, 2 if width <= 64 else 1)
+            parts = warps * 16 // tokens
+            whole = parts == 1 or width // parts % panel == 0       # see RESULT in linear.cuh
+            spills = name == "float64" and depth > width and tokens * width > 1024
+            if whole and not spills and shared_bytes(name, x, depth > 0) <= memory:
+                found.append(x)
+                break
+    return found
+
+
+def tiling(name: str, d: int, f: int, e: int, projected: bool, memory: int) -> Tiling | None:
+    """Return the tiling for features and values so wide; None if there is none that fits.
+
+    That is the narrowest that holds all, or else the narrower of features and values, and all of
+    the tokens that are projected; or else as much of it as there can be.
+    """
+    depth = d * projected
+    found = tilings(name, depth, memory)
+    for wanted in (max(d, f, e), max(min(f, e), depth)):
+        for x in found:
+            if x.width >= wanted:
+                return x
+    return found[-1] if found else None
+
+
+class Part(NamedTuple):
+    """What a set of launches does."""
+
+    f: int
+    """Its first feature."""
+    features: int
+    e: int
+    """Its first column of the values."""
+    columns: int
+
+
+def parts(f: int, e: int, width: int) -> list[Part]:
+    """Return the parts of features and values so wide; for some columns all features in turn."""
+    return [Part(first, min(width, f - first), column, min(width, e - column))
+            for column in range(0, max(e, 1), width) for first in range(0, max(f, 1), width)]
 
 
 def shared_bytes(name: str, x: Tiling, projected: bool) -> int:
     """Return the bytes of shared memory that a block needs; see Block in linear.cuh."""
     raw = np.dtype(np.float16).itemsize if name in ("float16", "bfloat16") else sum_bytes(name)
-    row = max(128, x.width * (raw if name == "bfloat16" else sum_bytes(name)))
+    row = max(128, x.width * stored_bytes(name))
     tiles = 3 * x.tokens * (row + x.width * raw) + x.width * row
     total = tiles + (x.width + 2 * x.tokens) * sum_bytes(name) + x.warps * 16 * 8
     if projected:
@@ -104,6 +158,11 @@ def sum_bytes(name: str) -> int:
     return np.dtype(sum_type(name)).itemsize
 
 
+def stored_bytes(name: str) -> int:
+    """Return the bytes of a number in a tile, for q of dtype `name`."""
+    return 2 if name == "bfloat16" else sum_bytes(name)
+
+
 def refuses(problem: Any) -> str | None:
     """Why `problem` cannot run here, or None."""
     p = problem
@@ -112,14 +171,15 @@ def refuses(problem: Any) -> str | None:
         return reason
     made, e = p.feature_map, p.v.shape[3]
     d, f = p.q.shape[3], made.width(p.q.shape[3])
-    if max(d, f, e) > WIDTHS[-1]:
-        return (f"tokens, features and values must be at most {WIDTHS[-1]} wide; q and k have {d}, "
-                f"their features {f}, v has {e}")
     device, name = devices.of(p.q), dtype_name(p.q)
-    if shared_bytes(name, tiling(name, max(d, f, e)), is_projected(made)) > device.shared_memory:
-        features = f"{f} {'projected ' * is_projected(made)}features"
-        return (f"a block of {name} with {features}, and values {e} wide, does not fit the "
-                f"{device.shared_memory} bytes of shared memory that {device.name} has")
+    x = tiling(name, d, f, e, is_projected(made), device.shared_memory)
+    if x is None:
+        return (f"a block of {name} does not fit the {device.shared_memory} bytes of shared memory "
+                f"that {device.name} has")
+    count = len(parts(f, e, x.width))
+    if count > PARTS:
+        return (f"{f} features and values {e} wide take {count} parts, {x.width} of each to a "
+                f"part; {PARTS} are allowed")
     return None
 
 
@@ -138,12 +198,12 @@ def walk_kernel(name: str, x: Tiling, chosen: dict[str, int], generic: bool) -> 
     return kernel(name, x, **{field.upper(): value for field, value in chosen.items()})
 
 
-def tops_kernel(name: str, x: Tiling, generic: bool) -> Kernel:
+def tops_kernel(name: str, x: Tiling, deep: bool, generic: bool) -> Kernel:
     """Return the kernel of stabilisers."""
     if generic:
         return kernel(name, x, "linear_tops", GENERIC=1)
     return kernel(name, x, "linear_tops", PASS=OUT, READS=0, CAUSAL=0, KIND=KINDS.index("exp"),
-                  PROJECTED=1)
+                  PROJECTED=1, DEEP=int(deep))
 
 
 def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | None]]:
@@ -153,21 +213,26 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | None]]:
     """
     for name in ELEMENTS:
         product = "DMMA" if name == "float64" else "HMMA"
+        chosen = {"reads": 1, "causal": 1, "kind": KINDS.index("elu1"), "projected": 0, "deep": 0}
+        stable = {**chosen, "kind": KINDS.index("exp"), "projected": 1}
+        passes = [{**chosen, "pass": number} for number in (OUT, DQ, DV, DK)]
+        passes += [{**chosen, "pass": DK, "reads": 0}, {**chosen, "pass": DK, "causal": 0}]
+        passes += [{**stable, "pass": number} for number in (DQ, DK)]
+        passes += [{**stable, "pass": DK, "deep": 1}]
         for width in WIDTHS[1:]:
-            x = tiling(name, width)
-            chosen = {"reads": 1, "causal": 1, "kind": KINDS.index("elu1"), "projected": 0}
-            stable = {**chosen, "kind": KINDS.index("exp"), "projected": 1}
-            passes = [{**chosen, "pass": number} for number in (OUT, DQ, DV, DK)]
-            passes += [{**chosen, "pass": DK, "reads": 0}, {**chosen, "pass": DK, "causal": 0},
-                       *({**stable, "pass": number} for number in (OUT, DQ, DK))]
             for choice in passes:
-                needed = shared_bytes(name, x, bool(choice["projected"]))
-                fitting = tuple(known for known in SHARED if needed <= SHARED[known])
+                depth = width + choice["deep"]
+                fitting = {known: x for known, memory in SHARED.items()
+                           for x in tilings(name, choice["projected"] * depth, memory)
+                           if x.width == width}
                 if name != "bfloat16":
-                    fitting = fitting[-1:]      # one architecture tells enough of these
-                yield walk_kernel(name, x, choice, False), fitting, product
-        x = tiling(name, WIDTHS[1])
-        yield tops_kernel(name, x, False), tuple(SHARED), product
+                    fitting = dict(list(fitting.items())[-1:])  # one architecture tells enough
+                for x in dict.fromkeys(fitting.values()):
+                    yield (walk_kernel(name, x, choice, False),
+                           tuple(known for known in fitting if fitting[known] == x), product)
+        x = tilings(name, 1, SHARED["sm_80"])[-1]
+        for deep in (False, True):
+            yield tops_kernel(name, x, deep, False), tuple(SHARED), product
         for file in ("linear_scan", "linear_pull", "linear_running"):
             yield kernel(name, x, file, GENERIC=1), tuple(SHARED), None
 
@@ -177,13 +242,14 @@ STATES = struct(*fields("u8", "at"), *fields("i8", "pair span"), *fields("i4", "
 
 @functools.cache
 def walk_struct(sums: str) -> np.dtype:
-    """Return LinearArguments of linear.cu."""
+    """Return LinearArguments of linear.cuh."""
     return struct(
         *((name, OPERAND) for name in ("x", "y", "z", "out", "tokens")),
-        *fields("u8", "den inverse pull"), ("before", STATES), ("after", STATES),
-        *fields("u8", "projection tops running q_lengths kv_lengths offset"),
-        *fields("i4", "batch heads groups n m d f e each chunks pass reads causal kind projected"),
-        *fields("i4", "normalize"), *fields(sums, "scale epsilon added least"))
+        *fields("u8", "partial den den_before inverse pull"), ("before", STATES), ("after", STATES),
+        *fields("u8", "projection tops running query_most key_most q_lengths kv_lengths offset"),
+        *fields("i4", "batch heads groups n m d f e each chunks depth pass reads causal kind"),
+        *fields("i4", "projected normalize vector first final"),
+        *fields(sums, "scale epsilon added least"))
 
 
 @functools.cache
@@ -209,26 +275,41 @@ class Call(Keeper):
         self.f = p.feature_map.width(self.d)
         _, self.groups, self.m, self.e = p.v.shape
         self.pairs = self.batch * self.groups
-        self.tiling = tiling(self.name, max(self.d, self.f, self.e))
+        self.projected = is_projected(p.feature_map)
+        found = tiling(self.name, self.d, self.f, self.e, self.projected,
+                       self.device.shared_memory)
+        assert found is not None                                # see refuses
+        self.tiling = found
+        self.deep = self.projected and self.d > found.width
+        self.parts = parts(self.f, self.e, found.width)
         self.q, self.k, self.v = (readable(self.device, x) for x in (p.q, p.k, p.v))
         self.generic = bool(getattr(self.device, "generic", False))
+        self._sums = dict[int, Array]()
 
     def state(self) -> Array:
         """Return an empty state, (B, G, F, W)."""
         return self.device.empty((self.batch, self.groups, self.f, self.e + self.p.normalize),
                                  self.acc)
 
-    def one_span(self, x: Array | None) -> tuple[int, ...]:
-        """Return the STATES of an array (B, G, F, W), or of None."""
+    def one_span(self, x: Array | None, part: Part) -> tuple[int, ...]:
+        """Return the STATES of a part of an array (B, G, F, W), or of None."""
         if x is None or not math.prod(x.shape):
             return (0,) * 6
         x = x if x.flags.c_contiguous else x.copy()
         width = x.shape[3]
-        return self.address(x), self.f * width, 0, width, self.e, width
+        first = part.f * width + part.e
+        return (self.address(x) + first * x.itemsize, self.f * width, 0, width, width - 1 - part.e,
+                width)
 
-    def spans(self, x: Array) -> tuple[int, ...]:
-        """Return the STATES of an array (B G, spans, F E + F)."""
-        return (self.address(x), x.shape[1] * x.shape[2], x.shape[2], self.e, self.f * self.e, 1)
+    def spans(self, count: int, part: Part) -> tuple[int, ...]:
+        """Return the STATES of a part for each of `count` spans; what lies there is lost."""
+        if count not in self._sums:
+            most = self.parts[0]                # none has more than the first
+            self._sums[count] = self.device.empty(
+                (self.pairs * count, most.features * (most.columns + 1)), self.acc)
+        numbers = part.features * part.columns
+        total = numbers + part.features
+        return self.address(self._sums[count]), count * total, total, part.columns, numbers, 1
 
     def steps(self, pass_: int, read: bool) -> int:
         """Return how many steps the longest item has; see Sequence in linear.cu."""
@@ -252,43 +333,58 @@ class Call(Keeper):
         p, made, record = self.p, self.p.feature_map, np.zeros((), walk_struct(self.acc.str[1:]))
         for name in ("q_lengths", "kv_lengths", "offset"):
             record[name] = self.constant(getattr(p, name))
-        for name in ("batch", "heads", "groups", "n", "m", "d", "f", "e"):
+        for name in ("batch", "heads", "groups", "n", "m", "d", "f", "e", "projected"):
             record[name] = getattr(self, name)
         record["causal"], record["kind"] = p.causal, KINDS.index(made.kind)
         record["normalize"] = p.normalize
         record["scale"], record["epsilon"], record["added"] = made.scale, made.epsilon, p.epsilon
         record["least"] = p.least
-        if is_projected(made):
-            record["projected"], record["projection"] = True, self.address(self.projection())
+        if self.projected:
+            projection = self.projection()
+            record["projection"], record["depth"] = self.address(projection), projection.shape[1]
         if made.kind == "exp":
             self.stabilise(record)
         return record
 
     def projection(self) -> Array:
-        """Return the projection as a tile of products takes it."""
-        made, width = self.p.feature_map, self.tiling.width
+        """Return the projection as tiles of products take it, with zeros beyond it."""
+        made, side = self.p.feature_map, self.tiling.width
         dtype = self.acc if self.name == "float16" else self.p.q.dtype
+        shape = tuple(-(-size // side) * side for size in (self.f, self.d))
         if made.projection is None:
-            return self.device.constant(np.eye(width, dtype=dtype))
-        x = self.device.zeros((width, width), dtype)
+            return self.device.constant(np.eye(*shape, dtype=dtype))
+        x = self.device.zeros(shape, dtype)
         x[:self.f, :self.d] = made.projection.astype(dtype)
         return x
 
     def stabilise(self, record: np.ndarray) -> None:
         """Work out the stabilisers of keys, and the largest before each step."""
-        chunks = -(-self.m // self.tiling.tokens)
+        empty, chunks = self.device.empty, -(-self.m // self.tiling.tokens)
         self.running = self.device.full((self.pairs, chunks + 1), -math.inf, self.acc)
         if self.p.log_scale is not None:
             self.running[:, 0] = self.p.log_scale.reshape(self.pairs)
-        record["tops"] = self.address(self.device.empty((self.pairs, max(1, self.m)), self.acc))
+        if self.f > self.tiling.width:
+            for name, x in (("query_most", self.q), ("key_most", self.k)):
+                record[name] = self.address(empty(x.shape[:3], self.acc))
+            queries = record.copy()
+            queries["x"], queries["key_most"] = self.place(self.q), record["query_most"]
+            queries["groups"], queries["m"] = self.heads, self.n
+            queries["kv_lengths"] = record["q_lengths"]
+            self.tops(queries)
+        record["tops"] = self.address(empty((self.pairs, max(1, self.m)), self.acc))
         record["running"], record["chunks"] = self.address(self.running), chunks
         record["x"] = self.place(self.k)
-        self.device.launch(tops_kernel(self.name, self.tiling, self.generic),
-                           (self.pairs, chunks, 1), record, self.shared)
+        self.tops(record)
         row = np.zeros((), RUNNING)
         row["running"], row["rows"] = self.address(self.running), self.pairs
         row["columns"] = chunks + 1
         self.launch("linear_running", 32 * self.pairs, 1, row)
+
+    def tops(self, record: np.ndarray) -> None:
+        """Launch linear_tops for all tokens of x."""
+        grid = self.batch * int(record["groups"]), -(-int(record["m"]) // self.tiling.tokens), 1
+        self.device.launch(tops_kernel(self.name, self.tiling, self.deep, self.generic), grid,
+                           record, self.shared)
 
     def kept(self) -> Array:
         """Return what the first state is multiplied by on its way to the last, (B, G)."""
@@ -302,57 +398,71 @@ class Call(Keeper):
         """Bytes of shared memory of a block."""
         return shared_bytes(self.name, self.tiling, is_projected(self.p.feature_map))
 
-    def run(self, pass_: int, read: bool, spans: tuple[int, int], before: tuple[int, ...],
-            after: tuple[int, ...], **given: Any) -> None:
+    def run(self, pass_: int, read: bool, part: Part, spans: tuple[int, int],
+            before: tuple[int, ...], after: tuple[int, ...], **given: Any) -> None:
         """Launch a pass over the spans of all pairs."""
-        record = self.common.copy()
-        record["pass"], record["reads"], record["each"] = pass_, read, spans[1]
-        record["before"], record["after"] = before, after
+        record = self.record(pass_, part, spans)
+        record["reads"], record["before"], record["after"] = read, before, after
         for name, value in given.items():
             record[name] = value
         chosen = {name: int(record[name])
                   for name in ("pass", "reads", "causal", "kind", "projected")}
+        chosen["deep"] = int(self.deep)
         self.device.launch(walk_kernel(self.name, self.tiling, chosen, self.generic),
                            (self.pairs, spans[0], 1), record, self.shared)
 
-    def states_before(self, pass_: int, given: Array | None, after: Array | None,
+    def record(self, pass_: int, part: Part, spans: tuple[int, int]) -> np.ndarray:
+        """Return what launches for a part are told."""
+        record = self.common.copy()
+        record["pass"], record["each"] = pass_, spans[1]
+        record["f"], record["e"] = part.features, part.columns
+        record["vector"] = self.p.normalize and part.e == 0
+        if self.projected:
+            numbers = part.f * int(record["depth"])
+            record["projection"] += np.uint64(numbers * stored_bytes(self.name))
+        else:
+            record["d"] = part.features
+        return record
+
+    def tokens(self, x: Array, part: Part) -> tuple[int, ...]:
+        """Return the OPERAND of queries or keys, or of their gradients, for a part."""
+        return self.place(x, 0 if self.projected else part.f)
+
+    def values(self, x: Array, part: Part) -> tuple[int, ...]:
+        """Return the OPERAND of what is as wide as values, for a part."""
+        return self.place(x, part.e)
+
+    def states_before(self, pass_: int, part: Part, given: Array | None, after: Array | None,
                       **operands: Any) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]:
         """Return the spans of a walk, the states before them, and where it leaves the last.
 
         The sums of `pass_`, OUT or DK, are done where the walk cannot carry the state itself.
         """
-        steps = self.steps(pass_, False)
-        spans = self.divide(steps)
-        last = self.one_span(after)
+        spans = self.divide(self.steps(pass_, False))
+        first, last = self.one_span(given, part), self.one_span(after, part)
         if spans[0] == 1 and self.p.causal:
-            return spans, self.one_span(given), last
+            return spans, first, last
+        if after is None and not self.p.causal:
+            last = self.spans(1, part)
         if spans[0] == 1:
-            if after is None:
-                after = self.state()
-                last = self.one_span(after)
-            self.run(pass_, False, spans, self.one_span(given), last, **operands)
+            self.run(pass_, False, part, spans, first, last, **operands)
         else:
-            sums = self.device.empty((self.pairs, spans[0], self.f * (self.e + 1)), self.acc)
-            states = self.spans(sums)
-            self.run(pass_, False, spans, (0,) * 6, states, **operands)
-            if after is None and not self.p.causal:
-                after = self.state()
-                last = self.one_span(after)
-            self.scan(pass_, states, spans, given, last)
+            states = self.spans(spans[0], part)
+            self.run(pass_, False, part, spans, (0,) * 6, states, **operands)
+            self.scan(pass_, part, states, spans, first, last)
             if self.p.causal:
                 return spans, states, (0,) * 6
         # all rows see all columns
         return self.divide(self.steps(pass_, True)), last, (0,) * 6
 
-    def scan(self, pass_: int, states: tuple[int, ...], spans: tuple[int, int],
-             given: Array | None, after: tuple[int, ...]) -> None:
+    def scan(self, pass_: int, part: Part, states: tuple[int, ...], spans: tuple[int, int],
+             given: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Turn the sums of spans into the states before them."""
         record = np.zeros((), scan_struct(self.acc.str[1:]))
-        record["walk"] = self.common
-        record["walk"]["pass"], record["walk"]["each"] = pass_, spans[1]
-        record["given"], record["after"], record["states"] = self.one_span(given), after, states
+        record["walk"] = self.record(pass_, part, spans)
+        record["given"], record["after"], record["states"] = given, after, states
         record["spans"] = spans[0]
-        numbers = self.f * (self.e + self.p.normalize)
+        numbers = part.features * (part.columns + int(record["walk"]["vector"]))
         self.launch("linear_scan", numbers, self.pairs, record)
 
     def launch(self, file: str, threads: int, pairs: int, record: np.ndarray) -> None:
@@ -367,53 +477,95 @@ class Call(Keeper):
             found[...] = 0
         return found
 
-    def place(self, x: Array) -> tuple[int, ...]:
-        """Return the OPERAND of an array, which is kept."""
+    def place(self, x: Array, column: int = 0) -> tuple[int, ...]:
+        """Return the OPERAND of an array, which is kept, from a column on."""
         self.address(x)
-        return operand(self.device, x)
+        at, *strides = operand(self.device, x)
+        return (at + column * x.itemsize, *strides)
+
+
+class Result:
+    """An array for what a pass finds, as wide as values or as tokens."""
+
+    def __init__(self, call: Call, x: Array, width: int, lengths: np.ndarray,
+                 values: bool) -> None:
+        self.call, self.values = call, values
+        self.array = self.partial = call.made(x, width, lengths)
+        # it is a sum over these, for which columns the part says
+        last = call.parts[-1]
+        self.last = last._replace(f=last.f if values or call.projected else 0,
+                                  e=0 if values else last.e)
+        if (self.last.f or self.last.e) and self.array.dtype != call.acc:
+            row = roomy_width(width, self.array.dtype)
+            self.partial = call.device.empty((*x.shape[:3], row), call.acc)
+
+    def of(self, part: Part) -> dict[str, Any]:
+        """Return what the launch for a part is told."""
+        place = self.call.values if self.values else self.call.tokens
+        f, e = (number if last else 0 for number, last in
+                ((part.f, self.last.f), (part.e, self.last.e)))
+        return {"out": place(self.array, part), "partial": place(self.partial, part)[0],
+                "first": not (f or e), "final": (f, e) == (self.last.f, self.last.e)}
 
 
 def forward(problem: Any) -> tuple[Array, Array | None, Array, Array | None]:
     """Return out (B, H, N, E), denominators (B, H, N), the state, and its log-scale (B, G)."""
     p, call = problem, Call(problem)
-    out = call.made(call.q, call.e, p.q_lengths)
-    den = call.device.zeros(out.shape[:3], call.acc) if p.normalize else None
+    out = Result(call, call.q, call.e, p.q_lengths, values=True)
+    den = call.device.zeros(out.array.shape[:3], call.acc) if p.normalize else None
     after = call.state()
     if not call.pairs:
         stable = p.feature_map.kind == "exp"
-        return out, den, after, call.device.empty(after.shape[:2], call.acc) if stable else None
-    q, k, v = (call.place(x) for x in (call.q, call.k, call.v))
-    columns = {"y": k, "z": v}
-    spans, before, last = call.states_before(OUT, p.state, after, **columns)
-    call.run(OUT, True, spans, before, last, x=q, **columns, out=call.place(out),
-             den=call.address(den))
+        top = call.device.empty(after.shape[:2], call.acc) if stable else None
+        return out.array, den, after, top
+    spare = None
+    if den is not None and call.parts[-1].f:
+        spare = call.device.empty(den.shape, call.acc)
+    for part in call.parts:
+        columns = {"y": call.tokens(call.k, part), "z": call.values(call.v, part)}
+        spans, before, last = call.states_before(OUT, part, p.state, after, **columns)
+        call.run(OUT, True, part, spans, before, last, x=call.tokens(call.q, part), **columns,
+                 **out.of(part), **denominators(call, part, den, spare))
     top = None
     if p.feature_map.kind == "exp":
         top = call.running[:, -1].reshape(after.shape[:2])
-    return out, den, after, top
+    return out.array, den, after, top
+
+
+def denominators(call: Call, part: Part, den: Array | None, spare: Array | None) -> dict[str, int]:
+    """Return where a part finds denominators and leaves them: the last of the features in `den`."""
+    if den is None:
+        return {}
+    if part.e:
+        return {"den_before": call.address(den)}
+    if (call.parts[-1].f - part.f) // call.tiling.width % 2:
+        den, spare = spare, den
+    return {"den": call.address(den), "den_before": call.address(spare) if part.f else 0}
 
 
 def backward(problem: Any, dout: Array, out: Array, den: Array | None,
              dstate: Array | None) -> dict[str, Array]:
     """Return the gradients of q, k, v and of the state before the first token."""
     p, call = problem, Call(problem)
-    dq = call.made(call.q, call.d, p.q_lengths)
-    dk, dv = (call.made(x, x.shape[3], p.kv_lengths) for x in (call.k, call.v))
+    dq = Result(call, call.q, call.d, p.q_lengths, values=False)
+    dk = Result(call, call.k, call.d, p.kv_lengths, values=False)
+    dv = Result(call, call.v, call.e, p.kv_lengths, values=True)
     first = call.state()
-    found = {"q": dq, "k": dk, "v": dv, "state": first}
+    found = {"q": dq.array, "k": dk.array, "v": dv.array, "state": first}
     if not call.pairs:
         return found
     dout, out = (readable(call.device, x) for x in (dout, out))
-    q, k, v, g = (call.place(x) for x in (call.q, call.k, call.v, dout))
     pulls = rows_of(call, dout, out, den) if den is not None else {}
-
-    spans, before, _ = call.states_before(OUT, p.state, None, y=k, z=v)
-    call.run(DQ, True, spans, before, (0,) * 6, x=g, y=v, z=k, tokens=q, out=call.place(dq),
-             **pulls)
-    columns = {"y": g, "z": q, **pulls}
-    spans, before, last = call.states_before(DK, dstate, first, **columns)
-    call.run(DK, True, spans, before, last, x=v, **columns, tokens=k, out=call.place(dk))
-    call.run(DV, True, spans, before, (0,) * 6, x=k, y=q, z=g, out=call.place(dv), **pulls)
+    for part in call.parts:
+        q, k = (call.tokens(x, part) for x in (call.q, call.k))
+        v, g = (call.values(x, part) for x in (call.v, dout))
+        spans, before, _ = call.states_before(OUT, part, p.state, None, y=k, z=v)
+        call.run(DQ, True, part, spans, before, (0,) * 6, x=g, y=v, z=k, tokens=q, **dq.of(part),
+                 **pulls)
+        columns = {"y": g, "z": q, **pulls}
+        spans, before, last = call.states_before(DK, part, dstate, first, **columns)
+        call.run(DK, True, part, spans, before, last, x=v, **columns, tokens=k, **dk.of(part))
+        call.run(DV, True, part, spans, before, (0,) * 6, x=k, y=q, z=g, **dv.of(part), **pulls)
     if p.feature_map.kind == "exp" and not p.causal:
         # what the walks were given is that behind all keys
         found["state"] = first * call.kept()[:, :, None, None]

@@ -33,8 +33,8 @@ linear_scan(const __grid_constant__ ScanArguments arguments) {
     const LinearArguments& a = arguments.walk;
     const int number = blockIdx.x * THREADS + threadIdx.x;
     const int pair = blockIdx.y;
-    const int f = number / (a.e + a.normalize);
-    const int e = number % (a.e + a.normalize);
+    const int f = number / (a.e + a.vector);
+    const int e = number % (a.e + a.vector);
     if (f >= a.f)
         return;
     const Sequence sequence(a, pair / a.groups);
