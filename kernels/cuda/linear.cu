@@ -18,14 +18,21 @@
 // for every row, so spans can be summed first (READS = 0), these sums be joined (linear_scan.cu),
 // and then all spans be walked at once, each from the state before it. The state is in registers;
 // of it, rounded to what products take, there is a copy in shared memory for the step's rows.
+//
+// Where features or values are wider than SIDE, a launch does a part of both, whose results are added
+// to those of the launches before: the pairs X Y^T of OUT and DV are sums over features, those of DQ
+// and DK over columns of the values, and of all of these only multiples are taken.
 #include "linear.cuh"
 
 enum {
     STRIP_WARPS = WARPS < SIDE / 16 ? WARPS : SIDE / 16,    // warps that share out the state's rows
     STRIPS = SIDE / 16 / STRIP_WARPS,
     STATE_PARTS = WARPS / STRIP_WARPS,                      // and its columns
-    STATE_COLUMNS = SIDE / STATE_PARTS
+    STATE_COLUMNS = SIDE / STATE_PARTS,
+    VECTOR_OF_WARP = SIDE / WARPS,                          // a warp's numbers of the vector
+    SHARES = 32 / VECTOR_OF_WARP                            // lanes that share out the tokens
 };
+static_assert(TOKENS % (2 * SHARES) == 0, "lanes have as many tokens each");
 
 // A head at a step. Where rows are queries the heads of a group take turns with the same columns;
 // where they are keys they take turns as columns for the same rows.
@@ -160,6 +167,27 @@ DEVICE void take_denominators(const LinearArguments& a, const Block& block,
     }
 }
 
+// The largest of the first `count` <= 64 numbers up to number `last`; a whole warp asks, each lane
+// with its own `last`.
+DEVICE Sum most_up_to(const Sum* numbers, int count, int last) {
+    const int own = 2 * lane_number();
+    Sum first = larger_number(-INFINITE, own < count ? numbers[own] : -INFINITE);
+    Sum both = larger_number(first, own + 1 < count ? numbers[own + 1] : -INFINITE);
+    UNROLL
+    for (int apart = 1; apart < 32; apart *= 2) {
+        const Sum other = __shfl_up_sync(~0u, both, apart);
+        if (lane_number() >= apart)
+            both = larger_number(both, other);
+    }
+    const Sum before = __shfl_up_sync(~0u, both, 1);
+    if (lane_number() > 0)
+        first = larger_number(first, before);
+    const int lane = clipped(last, 63) / 2;
+    first = __shfl_sync(~0u, first, lane);
+    both = __shfl_sync(~0u, both, lane);
+    return last < 0 ? -INFINITE : last % 2 || last >= 64 ? both : first;
+}
+
 // Of kind EXP: writes what the queries and keys of a step are weighed by to shared memory, and
 // returns by what the state is multiplied.
 //
@@ -175,13 +203,13 @@ DEVICE Sum weigh(const LinearArguments& a, const Block& block, const Step& step)
     const Sum before = running[all ? a.chunks : clipped(step.chunk, a.chunks)];
     const Sum after = running[all ? a.chunks : clipped(step.chunk + 1, a.chunks)];
     const int token = threadIdx.x;
+    const Sum* tops = a.tops + i64(blockIdx.x) * a.m + step.key;
+    Sum base = before;
+    // whole warps
+    if (CAUSAL && token < (TOKENS + 31) / 32 * 32)
+        base = larger_number(before, most_up_to(tops, step.keys, token + step.shift));
+    base = subtractable(base);
     if (token < TOKENS) {
-        const Sum* tops = a.tops + i64(blockIdx.x) * a.m + step.key;
-        Sum base = before;
-        if (CAUSAL)
-            for (int c = 0; c < min(token + step.shift + 1, step.keys); c++)
-                base = larger_number(base, tops[c]);
-        base = subtractable(base);
         const Sum top = token < step.keys ? tops[token] : -INFINITE;
         const Sum query = exponential(before - base);
         const Sum key = exponential(top - subtractable(after));
@@ -193,10 +221,27 @@ DEVICE Sum weigh(const LinearArguments& a, const Block& block, const Step& step)
     return exponential(before - subtractable(after));
 }
 
+// Of dv nothing needs the vector.
+DEVICE bool has_vector(const LinearArguments& a) {
+    return a.vector && PASS != DV;
+}
+
 // The block's state: a warp has STRIPS strips of 16 rows of it, in one of STATE_PARTS parts.
 struct State {
     Sum sums[STRIPS][STATE_COLUMNS / 8][4];
-    Sum last;                   // of the vector, number threadIdx.x
+    Sum last;                   // of the vector's number own_number(), what this thread has added
+
+    __device__ __forceinline__ int own_number() const {
+        return int(threadIdx.x) / 32 * VECTOR_OF_WARP + lane_number() % VECTOR_OF_WARP;
+    }
+
+    __device__ __forceinline__ Sum whole_last() const {
+        Sum sum = last;
+        UNROLL
+        for (int apart = VECTOR_OF_WARP; apart < 32; apart *= 2)
+            sum += __shfl_xor_sync(~0u, sum, apart);
+        return sum;
+    }
 
     __device__ __forceinline__ int row(int strip, int h) const {
         return (int(threadIdx.x) / 32 % STRIP_WARPS * STRIPS + strip) * 16 + 8 * h + row_of_lane();
@@ -233,8 +278,8 @@ struct State {
             return;
         const Sum* place = from.of(pair, span);
         each(a, [&](int f, int e, Sum& x) { x = place[i64(f) * from.row + e]; });
-        if (a.vector && threadIdx.x < a.f)
-            last = place[from.last + i64(threadIdx.x) * from.last_row];
+        if (has_vector(a) && own_number() < a.f && lane_number() < VECTOR_OF_WARP)
+            last = place[from.last + i64(own_number()) * from.last_row];
     }
 
     __device__ __forceinline__ void store(const LinearArguments& a, const States& to, int pair,
@@ -243,12 +288,13 @@ struct State {
             return;
         Sum* place = to.of(pair, span);
         each(a, [&](int f, int e, Sum& x) { place[i64(f) * to.row + e] = x; });
-        if (a.vector && threadIdx.x < a.f)
-            place[to.last + i64(threadIdx.x) * to.last_row] = last;
+        const Sum whole = whole_last();
+        if (has_vector(a) && own_number() < a.f && lane_number() < VECTOR_OF_WARP)
+            place[to.last + i64(own_number()) * to.last_row] = whole;
     }
 
     // Writes it to shared memory for the rows of a step.
-    __device__ __forceinline__ void publish(const Block& block) const {
+    __device__ __forceinline__ void publish(const LinearArguments& a, const Block& block) const {
         UNROLL
         for (int s = 0; s < STRIPS; s++) {
             const u32 first = place<SIDE>(block.state, row(s, 0), column(0));
@@ -259,8 +305,11 @@ struct State {
                     store_tile_pair(moved<SIDE>(first, 8 * i) + h * 8 * 128, sums[s][i][2 * h],
                                     sums[s][i][2 * h + 1]);
         }
-        if (threadIdx.x < SIDE)
-            store_sum(block.lasts, threadIdx.x, last);
+        if (!has_vector(a))
+            return;
+        const Sum whole = whole_last();
+        if (lane_number() < VECTOR_OF_WARP)
+            store_sum(block.lasts, own_number(), whole);
     }
 
     // Adds the columns of a step.
@@ -269,12 +318,13 @@ struct State {
             sums, block.z, int(threadIdx.x) / 32 % STRIP_WARPS * STRIPS * 16, block.y,
             int(threadIdx.x) / 32 / STRIP_WARPS * STATE_COLUMNS,
             KIND == EXP ? block.column_factors : 0u);
-        // of dv nothing needs the vector
-        if (!a.vector || PASS == DV || threadIdx.x >= SIDE)
+        if (!has_vector(a))
             return;
         _Pragma("unroll 4")
-        for (int token = 0; token < TOKENS; token++) {
-            const u32 from = place<TOKENS>(PASS == OUT ? block.y : block.z, token, threadIdx.x);
+        for (int i = 0; i < TOKENS / SHARES; i++) {
+            // rows 2 apart have no bank in common
+            const int token = 2 * (i / 2 * SHARES + lane_number() / VECTOR_OF_WARP) + i % 2;
+            const u32 from = place<TOKENS>(PASS == OUT ? block.y : block.z, token, own_number());
             const Sum phi = number(load_shared<Stored>(from));
             Sum factor = KIND == EXP ? shared_sum(block.column_factors, token) : Sum(1);
             if (PASS == DK)
@@ -564,7 +614,7 @@ linear(const __grid_constant__ LinearArguments a) {
         if (a.normalize && (PASS == DQ || PASS == DK) && (READS || PASS == DK))
             take_denominators(a, block, step, visit);
         if (READS && visit.head == 0)
-            state.publish(block);
+            state.publish(a, block);
         if (KIND == EXP && visit.head == 0)
             state.shrink(weigh(a, block, step));
         if (number + 1 < visits) {

@@ -10,9 +10,9 @@ all steps. With more, there are three phases:
     walk    the outputs of each span, from the state before it
 
 likewise the backward, for dq as above, for dk and dv with the gradients of states from the last
-span to the first. A state takes F (E + 1) numbers, and there are no more of them than OCCUPIED
-blocks for each multiprocessor, and no more than one for each SHORTEST steps of a key/value head;
-nothing else grows with the tokens but a few numbers for each. No launch adds atomically.
+span to the first. A state takes F (E + 1) numbers, and there are no more of them than blocks that
+the GPU runs at a time, and no more than one for each SHORTEST steps of a key/value head; nothing
+else grows with the tokens but a few numbers for each. No launch adds atomically.
 
 A block has room for states of up to WIDTHS[-1] features and columns of values, less for some dtypes
 and maps. What is wider is done in parts, one set of launches after another: all that is computed is
@@ -55,17 +55,17 @@ WIDTHS = (32, 64, 128)
 OUT, DQ, DV, DK = range(4)
 """Passes, as linear.cu numbers them."""
 
-OCCUPIED = 2
-"""Blocks for each multiprocessor that spans are made for."""
-
 SHORTEST = 4
 """Steps of a span, at least."""
 
 PARTS = 64
-"""At most; with more of them `array_api` is no slower."""
+"""At most: each has launches of its own, and reads the tokens again."""
 
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block may have, by architecture."""
+
+RESERVED = 1024
+"""Bytes that a block takes beyond its own; a multiprocessor has as many more than a block."""
 
 
 class Tiling(NamedTuple):
@@ -76,7 +76,7 @@ class Tiling(NamedTuple):
     """Of a step."""
     warps: int
     blocks: int
-    """That a multiprocessor should hold."""
+    """That a multiprocessor runs at a time."""
 
 
 TOKENS = {"bfloat16": (64, 64, 64), "float16": (64, 32, 32), "float32": (64, 32, 32),
@@ -94,14 +94,23 @@ def tilings(name: str, depth: int, memory: int) -> list[Tiling]:
     for width, most in zip(WIDTHS, TOKENS[name], strict=False):
         panel, warps = 128 // stored_bytes(name), 8 if width == 128 else 4
         for tokens in (most, most // 2):
-            x = Tiling(width, tokens, warps, 2 if width <= 64 else 1)
+            x = Tiling(width, tokens, warps, 1)
             parts = warps * 16 // tokens
             whole = parts == 1 or width // parts % panel == 0       # see RESULT in linear.cuh
             spills = name == "float64" and depth > width and tokens * width > 1024
-            if whole and not spills and shared_bytes(name, x, depth > 0) <= memory:
-                found.append(x)
+            needed = shared_bytes(name, x, depth > 0)
+            if whole and not spills and needed <= memory:
+                found.append(x._replace(blocks=min(at_once(name, width, depth > 0),
+                                                   (memory + RESERVED) // (needed + RESERVED))))
                 break
     return found
+
+
+def at_once(name: str, width: int, projected: bool) -> int:
+    """Return for how many blocks a multiprocessor has registers."""
+    if width == 128:
+        return 1
+    return 3 if name in ("float16", "bfloat16") and not projected else 2
 
 
 def tiling(name: str, d: int, f: int, e: int, projected: bool, memory: int) -> Tiling | None:
@@ -187,7 +196,7 @@ def kernel(name: str, x: Tiling, file: str = "linear", **more: int | str) -> Ker
     """Return a kernel of `file`, which has one function of the same name."""
     macros = {"ELEMENT": ELEMENTS["float32" if name == "float16" else name],
               "HALF": int(name == "float16"), "SIDE": x.width, "TOKENS": x.tokens,
-              "BLOCKS": x.blocks, "THREADS": 32 * x.warps, **more}
+              "BLOCKS": 1 if "GENERIC" in more else x.blocks, "THREADS": 32 * x.warps, **more}
     return Kernel(f"{file}.cu", file, tuple(macros.items()), int(macros["THREADS"]))
 
 
@@ -323,7 +332,7 @@ class Call(Keeper):
 
     def divide(self, steps: int) -> tuple[int, int]:
         """Return how many spans there are, and the steps of each."""
-        wanted = -(-OCCUPIED * self.device.multiprocessors // self.pairs)
+        wanted = self.tiling.blocks * self.device.multiprocessors // self.pairs
         each = max(1, -(-steps // max(1, min(wanted, steps // SHORTEST))))
         return max(1, -(-steps // each)), each
 
@@ -491,21 +500,20 @@ class Result:
                  values: bool) -> None:
         self.call, self.values = call, values
         self.array = self.partial = call.made(x, width, lengths)
-        # it is a sum over these, for which columns the part says
+        # where it is a sum over features, and over columns, the first ones of the last part; or 0
         last = call.parts[-1]
-        self.last = last._replace(f=last.f if values or call.projected else 0,
-                                  e=0 if values else last.e)
-        if (self.last.f or self.last.e) and self.array.dtype != call.acc:
+        self.last = (last.f if values or call.projected else 0, 0 if values else last.e)
+        if any(self.last) and self.array.dtype != call.acc:
             row = roomy_width(width, self.array.dtype)
             self.partial = call.device.empty((*x.shape[:3], row), call.acc)
 
     def of(self, part: Part) -> dict[str, Any]:
         """Return what the launch for a part is told."""
         place = self.call.values if self.values else self.call.tokens
-        f, e = (number if last else 0 for number, last in
-                ((part.f, self.last.f), (part.e, self.last.e)))
+        own = tuple(number if last else 0 for number, last in zip((part.f, part.e), self.last,
+                                                                  strict=True))
         return {"out": place(self.array, part), "partial": place(self.partial, part)[0],
-                "first": not (f or e), "final": (f, e) == (self.last.f, self.last.e)}
+                "first": not any(own), "final": own == self.last}
 
 
 def forward(problem: Any) -> tuple[Array, Array | None, Array, Array | None]:
@@ -584,5 +592,5 @@ def rows_of(call: Call, dout: Array, out: Array, den: Array) -> dict[str, int]:
     for name, value in (*addresses.items(), ("batch", call.batch), ("heads", call.heads),
                         ("n", call.n), ("e", call.e)):
         record[name] = value
-    call.launch("linear_pull", 32 * rows, 1, record)
+    call.launch("linear_pull", 8 * rows, 1, record)
     return addresses
