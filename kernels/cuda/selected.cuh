@@ -10,6 +10,7 @@
 // So few rows, the heads of one token, occupy several warps, too.
 #pragma once
 #include "nonfinite.cuh"
+#include "online.cuh"
 
 enum {
     ROWS = 16 * ROW_WARPS,
@@ -63,12 +64,6 @@ DEVICE Sum score_of(const Problem& p, Sum product, Sum scale, Sum& slope) {
     }
 #endif
     return score;
-}
-
-// What is taken from a row's scores before the exponential. A row that sees no key has weights
-// of 0.
-DEVICE Sum shift_of(Sum lse) {
-    return lse == -INFINITE ? INFINITE : lse;
 }
 
 // Turns a product q.k into the pair's weight, and its pull dout.v into the gradient of the scaled

@@ -20,41 +20,7 @@ struct ForwardArguments {
     Sum* lse;               // (batch, heads, n)
 };
 
-// What a thread keeps of its two rows while the warp walks the keys.
-struct State {
-    Sum sums[1][E / 8][4];
-    Sum largest[2];
-    Sum total[2];           // of the thread's columns
-};
-
-// Scores of row h become weights; sums and totals shrink where the row's largest score has grown.
-DEVICE void weigh(Sum (&scores)[STEP / 8][4], State& x, int h) {
-    const Sum before = x.largest[h];
-    Sum largest = before;
-    UNROLL
-    for (int i = 0; i < STEP / 8; i++)
-        largest = larger(largest, larger(scores[i][2 * h], scores[i][2 * h + 1]));
-    largest = larger(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = larger(largest, __shfl_xor_sync(~0u, largest, 2));
-    x.largest[h] = largest;
-    const Sum base = largest == -INFINITE ? Sum(0) : largest;
-    const Sum decay = before == -INFINITE ? Sum(0) : power((before - base) * TO_BASE);
-    UNROLL
-    for (int i = 0; i < E / 8; i++) {
-        x.sums[0][i][2 * h] *= decay;
-        x.sums[0][i][2 * h + 1] *= decay;
-    }
-    Sum total = 0;
-    UNROLL
-    for (int i = 0; i < STEP / 8; i++)
-        UNROLL
-        for (int e = 0; e < 2; e++) {
-            Sum& weight = scores[i][2 * h + e];
-            weight = power((weight - base) * TO_BASE);
-            total += weight;
-        }
-    x.total[h] = x.total[h] * decay + total;
-}
+typedef Online<E> State;
 
 // Joins what the warps of the same rows have, in the first of them. `rows` has room for two numbers
 // for each row of each warp.

@@ -2,6 +2,7 @@
 // a thread's rows may meet. softmax.py has the same structs as NumPy dtypes.
 #pragma once
 #include "nonfinite.cuh"
+#include "online.cuh"
 #include "terms.cuh"
 #include "walk.cuh"
 
@@ -14,16 +15,6 @@ struct Problem {
     Scores scores;
 };
 
-DEVICE u64 first_bits(int count) {
-    return count >= 64 ? ~u64(0) : count <= 0 ? u64(0) : (u64(1) << count) - 1;
-}
-
-// The columns of a tile that a row of it may meet, if `columns` of them are there.
-DEVICE u64 bits_of_row(const TileLists& lists, int kind, int row, int columns) {
-    const u64 bits = kind >= 0 ? lists.bits[i64(kind) * TILE + row] : kind == FULL ? ~u64(0) : u64(0);
-    return bits & first_bits(columns);
-}
-
 // The share of exp(x) in exp(x) + exp(y).
 DEVICE Sum share_beside(Sum x, Sum y) {
     return x == -INFINITE ? Sum(0) : 1 / (1 + natural_power(y - x));
@@ -34,11 +25,6 @@ DEVICE Sum log_of_sum(Sum x, Sum y) {
     if (most == -INFINITE)
         return x + y;           // the larger of NaN and a number is the number
     return most + natural_logarithm(natural_power(x - most) + natural_power(y - most));
-}
-
-// What is taken from a row's scores before the exponential. A row that sees no key has weights of 0.
-DEVICE Sum shift_of(Sum lse) {
-    return lse == -INFINITE ? INFINITE : lse;
 }
 
 // What a pair of the backward comes to.

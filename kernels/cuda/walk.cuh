@@ -75,3 +75,13 @@ template<int R> struct Walk {
         return found < 0 ? found : lists.names[found + step];
     }
 };
+
+DEVICE u64 first_bits(int count) {
+    return count >= 64 ? ~u64(0) : count <= 0 ? u64(0) : (u64(1) << count) - 1;
+}
+
+// The columns of a tile that a row of it may meet, if `columns` of them are there.
+DEVICE u64 bits_of_row(const TileLists& lists, int kind, int row, int columns) {
+    const u64 bits = kind >= 0 ? lists.bits[i64(kind) * TILE + row] : kind == FULL ? ~u64(0) : u64(0);
+    return bits & first_bits(columns);
+}
