@@ -65,7 +65,14 @@ PROBLEM = struct(("q", FEATURE), ("k", FEATURE), ("v", OPERAND), ("lists", LISTS
 
 def refuses(problem: Any) -> str | None:
     """Why `problem` cannot run here, or None: any widths, as they are taken in rounds."""
-    return devices.missing(problem.v)
+    reason = devices.missing(problem.v)
+    if reason is not None or 0 in problem.q.shape[:3]:
+        return reason
+    device, name = devices.of(problem.v), dtype_name(problem.v)
+    if not all(chunk_of(name, file, 1, device.shared_memory) for file in BLOCKS):
+        return (f"a block of {name} does not fit the {device.shared_memory} bytes of shared memory "
+                f"that {device.name} has")
+    return None
 
 
 def shared_bytes(name: str, file: str, e: int) -> int:
@@ -80,12 +87,12 @@ def shared_bytes(name: str, file: str, e: int) -> int:
 
 
 def chunk_of(name: str, file: str, e: int, shared: int) -> int:
-    """Return how many columns of v a kernel takes at a time, for `e` in all."""
+    """Return how many columns of v a kernel takes at a time, for `e` in all; 0 if none fit."""
     # sums of more doubles do not fit the registers
     most = {2: 128, 4: 32 if file == "additive_backward_keys" else 128,
             8: 64 if file == "additive_forward" else 32}[item_bytes(name)]
     fitting = [x for x in CHUNKS if x <= most and shared_bytes(name, file, x) <= shared]
-    return next((x for x in fitting if x >= e), fitting[-1])
+    return next((x for x in fitting if x >= e), max(fitting, default=0))
 
 
 def kernel(name: str, file: str, e: int) -> Kernel:
@@ -245,10 +252,12 @@ def launch_keys(call: Call, dk: Array, dv: Array, dout: Array, lse: Array, delta
 
 def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | tuple[str, ...]]]:
     """Yield kernels to be compiled and read: (kernel, architectures, instructions it must have)."""
-    yield PREPARE, tuple(SHARED), "MUFU"
-    for name in ELEMENTS:
-        for file in ("additive_forward", "additive_backward_queries", "additive_backward_keys"):
-            for architecture, shared in SHARED.items():
-                for e in sorted({chunk_of(name, file, width, shared) for width in CHUNKS}):
-                    yield (kernel(name, file, e), (architecture,),
-                           "DMMA" if name == "float64" else ("HMMA", "MUFU"))
+    yield PREPARE, ("sm_80",), "MUFU"
+    for name, architecture, widths in (
+            ("bfloat16", "sm_90", CHUNKS), ("float16", "sm_80", (64,)),
+            ("float32", "sm_90", CHUNKS), ("float32", "sm_80", (32,)),
+            ("float64", "sm_90", (32,)), ("float64", "sm_80", (64,))):
+        expected = ("DMMA",) if name == "float64" else ("HMMA", "MUFU")
+        for file in BLOCKS:
+            for e in sorted({chunk_of(name, file, e, SHARED[architecture]) for e in widths}):
+                yield kernel(name, file, e), (architecture,), expected
