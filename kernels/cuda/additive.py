@@ -51,8 +51,8 @@ CHUNKS = (32, 64, 128)
 """Columns of v that kernels are built for; wider ones take several rounds."""
 
 BLOCKS = {"additive_forward": {2: (4, 4, 2), 4: (3, 2, 2), 8: (2, 2, 1)},
-          "additive_backward_queries": {2: (4, 4, 3), 4: (2, 2, 2), 8: (2, 2, 1)},
-          "additive_backward_keys": {2: (3, 3, 2), 4: (2, 2, 2), 8: (1, 1, 1)}}
+          "additive_backward_queries": {2: (3, 4, 3), 4: (2, 2, 2), 8: (2, 2, 1)},
+          "additive_backward_keys": {2: (3, 2, 2), 4: (2, 2, 2), 8: (1, 1, 1)}}
 """How many blocks shall be on a multiprocessor, by bytes of a number of v and by chunk: as many as
 their registers allow."""
 
@@ -255,8 +255,7 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | tuple[str,
     yield PREPARE, ("sm_80",), "MUFU"
     for name, architecture, widths in (
             ("bfloat16", "sm_90", CHUNKS), ("float16", "sm_80", (64,)),
-            ("float32", "sm_90", CHUNKS), ("float32", "sm_80", (32,)),
-            ("float64", "sm_90", (32,)), ("float64", "sm_80", (64,))):
+            ("float32", "sm_90", (32, 128)), ("float64", "sm_80", (32,))):
         expected = ("DMMA",) if name == "float64" else ("HMMA", "MUFU")
         for file in BLOCKS:
             for e in sorted({chunk_of(name, file, e, SHARED[architecture]) for e in widths}):

@@ -23,14 +23,38 @@ DEVICE u32 place_of_gradient(u32 gradients, int own, int h, int i) {
     return gradients + (row * GRADIENT_LINE + 8 * i + 2 * pair_of_lane()) * sizeof(Sum);
 }
 
-// Writes gradients of scores, of which `add_slopes` reads those of its own warp only.
-DEVICE void store_gradients(u32 gradients, const Sum (&x)[TILE / 8][4], int own) {
+// Puts weights where gradients will be, as pulls need their registers: -1 for pairs that are hidden.
+DEVICE void store_weights(u32 gradients, const Sum (&weights)[TILE / 8][4],
+                          const RowBits<TILE> (&bits)[2], int own) {
     UNROLL
     for (int h = 0; h < 2; h++)
         UNROLL
         for (int i = 0; i < TILE / 8; i++)
             store_shared(place_of_gradient(gradients, own, h, i),
-                         Two{x[i][2 * h], x[i][2 * h + 1]});
+                         Two{bits[h].get(i, 0) ? weights[i][2 * h] : Sum(-1),
+                             bits[h].get(i, 1) ? weights[i][2 * h + 1] : Sum(-1)});
+}
+
+DEVICE Sum gradient_of(Sum weight, Sum pull, Sum delta) {
+    // of what is hidden a pull may be NaN
+    return weight == -1 ? Sum(0) : weight * (pull - delta);
+}
+
+// Weights become gradients, which `add_slopes` reads of its own warp only. `deltas(h, i)` are those
+// of a pair of columns.
+template<class Deltas>
+DEVICE void store_gradients(u32 gradients, const Sum (&pulls)[TILE / 8][4], int own,
+                            Deltas deltas) {
+    UNROLL
+    for (int i = 0; i < TILE / 8; i++)
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            const u32 at = place_of_gradient(gradients, own, h, i);
+            const Two weight = load_shared<Two>(at);
+            const Two delta = deltas(h, i);
+            store_shared(at, Two{gradient_of(weight.x, pulls[i][2 * h], delta.x),
+                                 gradient_of(weight.y, pulls[i][2 * h + 1], delta.y)});
+        }
     __syncwarp();
 }
 

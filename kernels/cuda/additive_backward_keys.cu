@@ -120,23 +120,12 @@ additive_backward_keys(const __grid_constant__ KeysArguments a) {
                 continue;
             if (bad)
                 load(0);
-            // they take registers that pulls need
-            store_gradients(gradients, scores[0], own);
+            store_weights(gradients, scores[0], bits, own);
             Sum pulls[1][TILE / 8][4];
             find_pulls(pulls, v_tile, dout_tile, own, p.e, load);
-            UNROLL
-            for (int i = 0; i < TILE / 8; i++)
-                UNROLL
-                for (int h = 0; h < 2; h++) {
-                    const Two weight = load_shared<Two>(place_of_gradient(gradients, own, h, i));
-                    const Two delta = load_shared<Two>(
-                        delta_row + (8 * i + 2 * pair_of_lane()) * sizeof(Sum));
-                    Sum& first = pulls[0][i][2 * h];
-                    Sum& second = pulls[0][i][2 * h + 1];
-                    first = bits[h].get(i, 0) ? weight.x * (first - delta.x) : Sum(0);
-                    second = bits[h].get(i, 1) ? weight.y * (second - delta.y) : Sum(0);
-                }
-            store_gradients(gradients, pulls[0], own);
+            store_gradients(gradients, pulls[0], own, [&](int, int i) {
+                return load_shared<Two>(delta_row + (8 * i + 2 * pair_of_lane()) * sizeof(Sum));
+            });
             add_slopes(a.dk + place * p.a, p.a, 0, p, w, rows, columns, own, gradients, planes);
         }
     }

@@ -73,24 +73,26 @@ additive_backward_queries(const __grid_constant__ QueriesArguments a) {
         // forward: score = sum_f w_f tanh_f, out = weights v
         Sum scores[TILE / 8][4];
         find_scores(scores, p, w, rows, columns, own, own < rows.there, planes);
-        Sum pulls[1][TILE / 8][4];
-        find_pulls(pulls, dout_tile, v_tile, own, p.e, load);
+        RowBits<TILE> bits[2];
         UNROLL
         for (int h = 0; h < 2; h++) {
-            RowBits<TILE> bits;
-            bits.set(bits_of_row(p.lists, shift[h] == INFINITE ? NONE : kind,
-                                 own + 8 * h + row_of_lane(), columns.there), 0);
+            bits[h].set(bits_of_row(p.lists, shift[h] == INFINITE ? NONE : kind,
+                                    own + 8 * h + row_of_lane(), columns.there), 0);
             UNROLL
             for (int i = 0; i < TILE / 8; i++)
                 UNROLL
                 for (int e = 0; e < 2; e++) {
                     // forward: weight = exp(score - lse)
-                    const Sum weight = power((scores[i][2 * h + e] - shift[h]) * TO_BASE);
-                    Sum& pull = pulls[0][i][2 * h + e];
-                    pull = bits.get(i, e) ? weight * (pull - delta[h]) : Sum(0);
+                    Sum& score = scores[i][2 * h + e];
+                    score = power((score - shift[h]) * TO_BASE);
                 }
         }
-        store_gradients(gradients, pulls[0], own);
+        store_weights(gradients, scores, bits, own);
+        Sum pulls[1][TILE / 8][4];
+        find_pulls(pulls, dout_tile, v_tile, own, p.e, load);
+        store_gradients(gradients, pulls[0], own, [&](int h, int) {
+            return Two{delta[h], delta[h]};
+        });
         add_slopes(dq, p.a, dw, p, w, rows, columns, own, gradients, planes);
     }
     wait_copies<0>();
