@@ -105,7 +105,7 @@ def test_more_features_and_values_than_a_round_has(dtype, device):
 
 @pytest.mark.gate
 @pytest.mark.parametrize(("dtype", "width"), [
-    (np.float16, 64), (BFLOAT16, 72), (np.float32, 64), (np.float64, 64)], ids=str)
+    (BFLOAT16, 72), (np.float32, 64)], ids=str)
 def test_kernels_as_gpus_get_them(dtype, width, device):
     device.generic = False
     shape = Shape((1,), 2, 1, 20, 70, 8, width)
@@ -139,7 +139,16 @@ def test_strided_and_read_only_arguments():
 @pytest.mark.gate
 def test_axes_that_broadcast():
     rules.test_broadcast_axes_and_strided_views("cuda")
-    rules.test_masks_by_item_and_by_head("cuda")
+
+
+@built(np.float32, np.float64)
+def test_masks_by_head(dtype):
+    shape = Shape((1,), 4, 2, 70, 70, 5, 6)
+    i, j = np.arange(70)[:, None], np.arange(70)
+    lefts = (0, 5, 66, 70)
+    judge(draw(shape, dtype, features=7),
+          np.stack([(j <= i) & (j >= i - left) for left in lefts]), "cuda",
+          mask=masks.per_head([masks.window(left, 0) for left in lefts]))
 
 
 @pytest.mark.parametrize("pair", [("cuda", "cpu"), ("cpu", "cuda")], ids="-".join)
@@ -174,11 +183,17 @@ def test_saturated_features(dtype):
 
 
 def test_large_features_that_cancel():
-    """Beside small ones: of the former no exponential is a number, of the latter they are used."""
+    """Beside small ones: of the former no exponential is a number, of the latter they are used.
+
+    Weights of some that are just small enough are large.
+    """
     shape = Shape((1,), 2, 1, 66, 66, 0, 8)
     q, k, v, w = operands(shape)
     q[..., 5], k[..., 5] = 300 + q[..., 5], -300 - k[..., 5]
     q[..., 8], k[..., 8] = 11 * q[..., 8], -11 * q[..., :1, :, 8]
+    for x in (q, k):
+        x[..., 10:12] = 7.9 * np.sign(x[..., 10:12])
+    w[:, 10:12] = 300, -299
     dout = np.random.default_rng(1).standard_normal((1, 2, 66, 8))
     exact = [x.astype(np.float64) for x in (q, k, v, w)]
     found = []
@@ -195,9 +210,8 @@ def test_large_features_that_cancel():
 
 
 @pytest.mark.gate
-@built(np.float32, np.float64)
-def test_what_no_one_may_see_has_no_say(dtype):
-    rules.test_what_no_one_may_see_has_no_say("cuda", dtype)
+def test_what_no_one_may_see_has_no_say():
+    rules.test_what_no_one_may_see_has_no_say("cuda", np.float32)
 
 
 @built()
@@ -291,7 +305,7 @@ def planted(name, *mistake):
 
 @pytest.mark.gate
 @pytest.mark.parametrize("mistake", [
-    planted("wild", "additive_prepare.cu", "#define WILD 10.5f", "#define WILD 400.0f"),
+    planted("wild", "additive_prepare.cu", "#define WILD 8.0f", "#define WILD 400.0f"),
     planted("mask", "additive_forward.cu", "if (!bits[h].get(i, e))", "if (false)"),
     planted("barrier", "additive_backward.cuh", "__syncthreads();            // the next load "
             "overwrites what was just read\n    }\n}\n\n// pulls", "}}\n// pulls"),

@@ -8,9 +8,9 @@
 //     w / d + u / e - (w + u) / 2 = (w e + u d - (w + u) / 2 d e) / (d e)
 //
 // so a pair of tokens has no exponential of its own, and two features share a reciprocal: half of
-// one and 3.5 other instructions for each tanh, where the hardware's own tanh, of 11 bits, takes as
-// long. Powers must not overflow: features of which a tile holds something beyond +-WILD
-// (additive_prepare.cu), inf and NaN are summed by tanh itself, and so is all fp64.
+// one and 3.5 other instructions for each tanh. That is half of what the hardware's own tanh would
+// take, which has 11 bits. No product may overflow: features of which a tile holds something beyond
+// +-WILD (additive_prepare.cu), inf and NaN are summed by tanh itself, and so is all fp64.
 //
 // Features come FEATURES at a time, as planes: a line of TILE tokens for each feature.
 #pragma once
@@ -107,7 +107,7 @@ DEVICE void load_numbers(u32 to, const Problem& p, const Tokens& rows, const Tok
     }
 }
 
-// What is summed is -1/2 of a score. One feature of a chunk by tanh itself:
+// One feature of a chunk by tanh itself. What is summed is -1/2 of a score.
 DEVICE void add_by_tanh(Sum (&sums)[TILE / 8][4], Sum w, u32 numbers, int own, int feature) {
     const u32 line = numbers + feature * NUMBERS_LINE * sizeof(Sum);
     const Sum factor = Sum(-0.5) * w;
@@ -134,8 +134,8 @@ DEVICE void add_by_tanh(Sum (&sums)[TILE / 8][4], Sum w, u32 numbers, int own, i
 // of 1 / d alone would be larger than those of tanhs, and lose digits.
 DEVICE void add_by_powers(float (&sums)[TILE / 8][4], float w, float u, u32 planes, int own,
                           int feature) {
-    const u32 of_rows = planes + (feature * LINE + own + row_of_lane()) * 4;
     const float middle = -0.5f * (w + u);
+    const u32 of_rows = planes + (feature * LINE + own + row_of_lane()) * 4;
     const u32 of_columns = planes + PLANE_SIZE + (feature * LINE + 2 * pair_of_lane()) * 4;
     float x[2][2];
     UNROLL

@@ -6,7 +6,8 @@ and twice for the gradients, once in the kernel that owns queries and once in th
 the price of no atomics. float64 calls tanh.
 
 Beside results, a call takes the exponentials: as much memory as q and k, with features rounded up
-to FEATURES and tokens to TILE; in a backward twice that.
+to FEATURES and tokens to TILE; in a backward twice that, and for the gradient of w a number for
+each feature of every 16 queries.
 """
 
 from __future__ import annotations

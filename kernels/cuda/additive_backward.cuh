@@ -58,8 +58,7 @@ DEVICE void store_gradients(u32 gradients, const Sum (&pulls)[TILE / 8][4], int 
     __syncwarp();
 }
 
-// What the gradients of scores bring to 8 rows of a warp, in feature `feature` of a lane's own; and
-// to its weight.
+// What the gradients of scores bring to 8 rows of a warp in a lane's own feature, and to its weight.
 struct Slopes {
     Sum sums[8];
     Sum of_weight;
