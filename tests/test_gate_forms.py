@@ -232,3 +232,20 @@ def test_the_number_of_threads_changes_no_bit(name):
     for other in found[1:]:
         for x, y in zip(found[0], other, strict=True):
             assert (x == y).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_whose_gate_is_closed_adds_nothing(backend):
+    """Nor to the gradient of the gate, beside tokens that are not finite."""
+    rng = np.random.default_rng(0)
+    gate = np.ones((70, 70))
+    gate[20] = 0
+    for name in ("q", "k", "v", "dout"):
+        given = {key: rng.standard_normal((1, 2, 70, 8)) for key in ("q", "k", "v", "dout")}
+        given[name][..., 10, 3] = np.nan
+        dout = given.pop("dout")
+        with pyattn.use_backend(backend), np.errstate(all="ignore"):
+            _, saved = pyattn.attention.forward(**given, gate=gate)
+            dgate = saved.backward(dout).gate
+        assert not dgate[20].any(), name
+        assert np.isnan(dgate).any() or name in ("q", "dout"), name

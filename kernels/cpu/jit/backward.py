@@ -470,7 +470,9 @@ def change_rows(job, b, h, i0, j0, rows, depth, keys, masked, at, scratch, unit)
                 # forward: gate = clip((ramp + span - distance) / ramp, 0, 1)
                 for x in range(keys):
                     dgate[x] = dgate[x] / job.ramp if 0 < buffer[x] < 1 else 0.0
-            select(dgate_at, load(word, ONE), 0.0, unit)
+            # a row without a finite score adds nothing, whatever it meets
+            alive = load(job.shifts + at + r * size, unit) != math.inf
+            select(dgate_at, load(word, ONE) if alive else NONE, 0.0, unit)
             # a closed gate masks for all but itself: its p may be 0 * inf
             clear(word, buffer, keys, 0.0)
         for x in range(TILE):
