@@ -278,8 +278,63 @@ def test_hidden_nan_changes_no_bit(device, d):
             np.testing.assert_array_equal(got, want, err_msg=str(names))
 
 
+@pytest.mark.parametrize("name", ["full", "causal"])
+def test_rows_without_a_finite_score(device, name):
+    """They count as rows that see no key, among full tiles too, whatever else of them there is."""
+    drawn = draw(name, 128, 128, 64, BF16, heads=2)
+    drawn.arrays["k"][..., 0], drawn.arrays["q"][..., 5, 0] = 1, -np.inf
+    drawn.dout[..., 5, :], drawn.dlse[..., 5] = np.nan, 0
+    out, lse, grads = run(drawn)
+    assert not out[..., 5, :].any()
+    assert (lse[..., 5] == -np.inf).all()
+    assert not grads.q[..., 5, :].any()
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in grads)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_inf_with_a_weight_of_0_is_nan(device, d):
+    """In partial tiles as in full ones, where the product says so."""
+    for name in ("full", "causal"):
+        drawn = draw(name, 128, 128, d, BF16)
+        drawn.arrays["q"][...], drawn.arrays["k"][..., 0] = 0, 0
+        drawn.arrays["q"][..., 0], drawn.arrays["k"][..., 10, 0] = 200, -100
+        drawn.arrays["v"][..., (10, 11), :2] = np.inf
+        drawn.dout[..., 30, :3] = np.inf
+        out, _, grads = run(drawn)
+        drawn.dense = dataclasses.replace(drawn.dense, **drawn.arrays)
+        with np.errstate(all="ignore"):
+            want = oracle.forward(drawn.dense, oracle.exact(BF16))[0]
+            dv = oracle.backward(drawn.dense, drawn.dout, drawn.dlse, oracle.exact(BF16))["v"]
+        for got, right in ((out, want), (grads.v, dv)):
+            assert np.isnan(got).any()
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(right), err_msg=name)
+            np.testing.assert_array_equal(np.isinf(got), np.isinf(right), err_msg=name)
+
+
+def test_a_scale_of_0_makes_nan_of_inf(device):
+    for name, value in itertools.product(("q", "k"), (np.inf, -np.inf)):
+        drawn = draw("causal", 130, 130, 64, BF16)
+        drawn.arrays[name][..., 70, 3] = value
+        scale = np.zeros(2, np.float32)
+        drawn.options["scale"] = scale
+        drawn.dense = dataclasses.replace(drawn.dense, scale=scale, **drawn.arrays)
+        out, lse, grads = run(drawn)
+        with np.errstate(all="ignore"):
+            want = oracle.forward(drawn.dense, oracle.exact(BF16))
+            dv = oracle.backward(drawn.dense, drawn.dout, drawn.dlse, oracle.exact(BF16))["v"]
+        for got, right in ((out, want[0]), (lse, want[1]), (grads.v, dv)):
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(right), err_msg=name)
+
+
+@pytest.mark.gate
+def test_float16_of_width_128(device):
+    drawn = draw("causal", 130, 200, 128, F16, heads=2)
+    judge(drawn, *run(drawn))
+
+
 REFUSED = {
     "compute capability": {"capability": (8, 0)},
+    "bytes of shared memory": {"shared_memory": 99 * 1024},
     "float32": {"dtype": np.float32},
     "widths": {"d": 32},
     "softcap": {"softcap": 5.0},
@@ -294,6 +349,7 @@ REFUSED = {
 def test_what_it_does_not_serve_is_refused(monkeypatch, reason):
     options = dict(REFUSED[reason])
     emulated = EmulatedDevice(capability=options.pop("capability", (9, 0)))
+    emulated.shared_memory = options.pop("shared_memory", emulated.shared_memory)
     monkeypatch.setitem(devices._factories, "numpy", lambda array: emulated)
     reasons = []
 
@@ -342,7 +398,8 @@ PLANTED = {
     "a masked pair kept": (
         "hopper_tiles.cuh", "if (!bits.get(i, h, e))", "if (!bits.get(i, h, e) && e)"),
     "keys beyond the last one": (
-        "hopper_tiles.cuh", "bool found = (step + 1) * C * TILE > tokens;", "bool found = false;"),
+        "hopper_tiles.cuh", "return partial() || (step + 1) * C * TILE > tokens;",
+        "return partial();"),
     "values not inspected": (
         "hopper_forward.cu",
         "if (read_note(shared + NOTES + turn.stage * NOTE).masked\n", "if (false\n"),

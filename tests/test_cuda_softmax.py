@@ -224,6 +224,55 @@ def test_a_query_that_is_not_a_number_has_such_an_lse_where_keys_are_split(emula
     assert np.isnan(grads.k).all()
 
 
+@every_dtype
+def test_rows_without_a_finite_score(dtype):
+    """They count as rows that see no key, among full tiles too, whatever else of them there is."""
+    drawn = BY_NAME["dense"].make(Shape((1,), 2, 1, 70, 128, 16, 16), np.dtype(dtype))
+    drawn.arrays["k"][..., 0] = 1
+    drawn.arrays["q"][..., 5, 0] = -np.inf
+    dout = np.ones((1, 2, 70, 16), dtype)
+    dout[..., 5, :] = np.nan
+    found = {}
+    for backend in ("cpu", "cuda"):
+        with pyattn.use_backend(backend):
+            (out, lse), saved = pyattn.attention.forward(**drawn.arrays, return_lse=True)
+            found[backend] = (out, *saved.backward(dout))
+        assert (lse[..., 5] == -np.inf).all()
+        assert not out[..., 5, :].any()
+        assert not found[backend][1][..., 5, :].any()
+    for x, y in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(x.astype("f8"), y.astype("f8"), atol=0.25, rtol=0.02)
+        assert np.isfinite(y).all()
+    drawn.arrays["v"][..., 3, :] = np.nan
+    with pyattn.use_backend("cuda"):
+        assert not pyattn.attention(**drawn.arrays)[..., 5, :].any()
+
+
+@every_dtype
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["full", "partial"])
+def test_inf_with_a_weight_of_0_is_nan(dtype, options):
+    """Whether in full tiles, where the product says so, or in partial ones, where it is added."""
+    drawn = BY_NAME["dense"].make(Shape((1,), 1, 1, 64, 64, 16, 16), np.dtype(dtype))
+    drawn.arrays["q"][...], drawn.arrays["k"][..., 0] = 0, 0
+    drawn.arrays["q"][..., 0] = 50
+    drawn.arrays["k"][..., 10, 0] = -100
+    drawn.arrays["v"][..., (10, 11), :2] = np.inf
+    dout = np.ones((1, 1, 64, 16), dtype)
+    dout[..., 30, :3] = np.inf
+    found = {}
+    for backend in ("cpu", "array_api", "cuda"):
+        with pyattn.use_backend(backend), np.errstate(all="ignore"):
+            out, saved = pyattn.attention.forward(**drawn.arrays, **options)
+            found[backend] = (out, *saved.backward(dout))
+    for name, arrays in found.items():
+        for x, y in zip(arrays, found["cpu"], strict=True):
+            np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg=name)
+    for name in ("out", "v"):
+        got, want = ((x[0] if name == "out" else x[3]) for x in (found["cuda"], found["cpu"]))
+        np.testing.assert_array_equal(np.isinf(got), np.isinf(want), err_msg=name)
+        assert np.isnan(got).any()
+
+
 # what does not change a bit, and what moves between backends
 
 

@@ -22,6 +22,7 @@ from .walk import Walk, coarse
 TILE = 64
 CAPABILITY = (9, 0)
 WIDTHS = (64, 128)
+NAMES = ("hopper_forward", "hopper_backward_queries", "hopper_backward_keys")
 
 GROUPS = 2
 """Warpgroups that compute; each has 64 rows of a block."""
@@ -52,6 +53,9 @@ def refuses(problem: Any) -> str | None:
         return "the kernels for Hopper have no dropout"
     if problem.summed:
         return "the kernels for Hopper do not sum over broadcast operands"
+    room = devices.of(q).shared_memory
+    if max(_shared_bytes(_kernel(name, q.shape[3], dtype_name(q))) for name in NAMES) > room:
+        return f"the kernels for Hopper do not fit the {room} bytes of shared memory of a block"
     for name in ("q", "k", "v"):
         if not _mappable(getattr(problem, name)):
             return f"the kernels for Hopper read {name} by rows at multiples of 16 bytes"
@@ -269,7 +273,7 @@ class _Launch:
 def configurations() -> list[tuple[Kernel, tuple[str, ...], str]]:
     """Return every kernel that can be launched, what it is compiled for, and what it must have."""
     return [(_kernel(name, width, dtype), ("sm_90a",), "HGMMA")
-            for name in ("hopper_forward", "hopper_backward_queries", "hopper_backward_keys")
+            for name in NAMES
             for width in WIDTHS for dtype in ("float16", "bfloat16")]
 
 

@@ -57,6 +57,16 @@ DEVICE void load(const BackwardArguments& a, u32 shared, const Barriers& at) {
     }
 }
 
+// Which of the 64 queries of a step have a finite lse, as a scout's lanes have just written it.
+DEVICE void find_live(u64 (&live)[1], u32 values) {
+    u32 words[2];
+    UNROLL
+    for (int half = 0; half < 2; half++)
+        words[half] = __ballot_sync(~0u, load_shared<float>(
+            values + 4 * (lane_number() + half * WARP)) != FLOAT_INFINITY);
+    live[0] = words[0] | u64(words[1]) << 32;
+}
+
 // Notes what each step is, and puts lse and delta of its queries beside them.
 DEVICE void scout(const BackwardArguments& a, u32 shared, const Barriers& at) {
     Turn<STAGES> turn;
@@ -67,7 +77,6 @@ DEVICE void scout(const BackwardArguments& a, u32 shared, const Barriers& at) {
             const int batch = item_of(a.items, number).batch;
             const int queries = a.q_lengths[batch];
             const int first = steps.walk.step * TILE;
-            const bool masked = steps.walk.partial(queries);
             mbarrier_wait(at.empty + 8 * turn.stage, turn.parity ^ 1);
             const u32 to = shared + ROW_VALUES + turn.stage * VALUES_BYTES;
             KEEP_ROLLED
@@ -79,29 +88,28 @@ DEVICE void scout(const BackwardArguments& a, u32 shared, const Barriers& at) {
                 store_shared(to + 4 * row, live ? lse * LOG2_E : FLOAT_INFINITY);
                 store_shared(to + 4 * (TILE + row), live ? a.delta[place] : 0.0f);
             }
+            // among full tiles, too, there may be a query whose scores are all -inf
+            u64 live[1];
+            find_live(live, to);
+            const bool masked = steps.walk.partial() || live[0] != ~u64(0);
             write_note(shared + NOTES + turn.stage * NOTE,
                        {first, masked, steps.head - batch * a.heads});
             if (masked)
-                write_bits(shared + BITS + turn.stage * BITS_BYTES, steps.walk, queries);
+                write_bits(shared + BITS + turn.stage * BITS_BYTES, steps.walk, live);
             release(at.scouted + 8 * turn.stage);
             turn.advance();
         }
     }
 }
 
-// Adds what inspectors took out of a step's queries and their gradients.
-DEVICE void restore(float (&dk)[D / 2], float (&dv)[D / 2], const BackwardArguments& a,
-                    int number, int group, int stage, u32 shared) {
-    if (!told(shared + FOUND + stage * NOTE, INSPECTORS))
-        return;
+// Adds to sums what inspectors took out of a step's rows of `walked`.
+DEVICE void restore(float (&sums)[D / 2], const BackwardArguments& a, const Rows& walked,
+                    const u64 (&as_nan)[2], int number, int group, int stage, u32 shared) {
     const int batch = item_of(a.items, number).batch;
-    const Rows& q = a.walked[0];
-    const Rows& dout = a.walked[1];
     const Note note = read_note(shared + NOTES + stage * NOTE);
     u64 bits[2];
     read_bits<1>(bits, shared + BITS + stage * BITS_BYTES, group, 0);
-    add_strange(dk, q.at(batch, note.head, note.first), q.row, bits, true);
-    add_strange(dv, dout.at(batch, note.head, note.first), dout.row, bits, false);
+    add_strange(sums, walked.at(batch, note.head, note.first), walked.row, bits, as_nan);
 }
 
 // Scores become weights: exp2(unit * score - lse), the lse of each column in shared memory.
@@ -159,26 +167,27 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
     float pulls[TILE / 2];
     u32 weights[TILE / 16][4];
     u32 own_parity = 0;
-    Turn<STAGES> turn;
+    u32 turn = 0;               // of all steps; stage and parity by themselves take two registers
     const u32 keys = shared + group * TILE * PANEL_ROW;
     for (int number = blockIdx.x; number < a.item_count; number += gridDim.x) {
         // registers are scarce: what is not needed at each step is read again at the end
-        const int count = item_of(a.items, number).steps;
         clear(dk);
         clear(dv);
-        if (count > 0) {
+        int left = item_of(a.items, number).steps;
+        if (left > 0) {
             mbarrier_wait(at.own_full, own_parity);
             own_parity ^= 1;
         }
-        for (int left = count; left > 0; left--) {
-            const int stage = turn.stage;
+        for (; left > 0; left--) {
+            const int stage = turn % STAGES;
+            const u32 parity = turn / STAGES & 1;
             const u32 walked = shared + WALKED + stage * STAGE_BYTES;
             const u32 values = shared + ROW_VALUES + stage * VALUES_BYTES;
             const u32 bits = shared + BITS + stage * BITS_BYTES;
-            mbarrier_wait(at.full + 8 * stage, turn.parity);
+            mbarrier_wait(at.full + 8 * stage, parity);
             start_scores(scores, keys, walked);
             start_scores(pulls, keys + OWN_BYTES, walked + TILE_BYTES);
-            mbarrier_wait(at.scouted + 8 * stage, turn.parity);
+            mbarrier_wait(at.scouted + 8 * stage, parity);
             const Note note = read_note(shared + NOTES + stage * NOTE);
             const float scale = a.scale[note.head];
             wgmma_wait<1>();
@@ -192,7 +201,7 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             release(at.scored + 8 * stage);
             round_weights(weights, scores);
             if (note.masked)
-                mbarrier_wait(at.inspected + 8 * stage, turn.parity);
+                mbarrier_wait(at.inspected + 8 * stage, parity);
             hold(dv);
             hold(weights);
             start_sums(dv, weights, walked + TILE_BYTES);
@@ -203,6 +212,11 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             wgmma_wait<0>();
             hold(dv);
             hold(weights);
+            if (note.masked && told(shared + FOUND + stage * NOTE, INSPECTORS)) {
+                u64 vanished[2];
+                find_vanished(vanished, weights, 0);
+                restore(dv, a, a.walked[1], vanished, number, group, stage, shared);
+            }
             round_weights(weights, scores);
             hold(dk);
             hold(weights);
@@ -210,15 +224,17 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             wgmma_wait<0>();
             hold(dk);
             hold(weights);
-            if (note.masked)
-                restore(dk, dv, a, number, group, stage, shared);
+            if (note.masked && told(shared + FOUND + stage * NOTE, INSPECTORS)) {
+                const u64 all[2] = {~u64(0), ~u64(0)};
+                restore(dk, a, a.walked[0], all, number, group, stage, shared);
+            }
             release(at.empty + 8 * stage);
-            turn.advance();
+            turn++;
         }
         // products of all its warps have read what results lie in on their way
         barrier_sync(TOGETHER + group, GROUP);
         finish(a, number, group, dk, dv, shared);
-        if (count > 0) {
+        if (item_of(a.items, number).steps > 0) {
             async_proxy_fence();
             release(at.own_empty);
         }

@@ -50,8 +50,11 @@ DEVICE void scout(const BackwardArguments& a, u32 shared, const Barriers& at) {
             const bool masked = steps.partial(keys);
             mbarrier_wait(at.empty + 8 * turn.stage, turn.parity ^ 1);
             write_note(shared + NOTES + turn.stage * NOTE, {steps.step * TILE, masked, item.head});
-            if (masked)
-                write_bits(shared + BITS + turn.stage * BITS_BYTES, steps, keys);
+            if (masked) {
+                u64 there[1];
+                steps.there(there, keys);
+                write_bits(shared + BITS + turn.stage * BITS_BYTES, steps, there);
+            }
             release(at.scouted + 8 * turn.stage);
             turn.advance();
         }
@@ -65,9 +68,10 @@ DEVICE void restore(float (&dq)[D / 2], const BackwardArguments& a, const Item& 
         return;
     const Rows& k = a.walked[0];
     const int first = read_note(shared + NOTES + stage * NOTE).first;
+    const u64 all[2] = {~u64(0), ~u64(0)};
     u64 bits[2];
     read_bits<1>(bits, shared + BITS + stage * BITS_BYTES, group, 0);
-    add_strange(dq, k.at(item.batch, item.head / a.group_heads, first), k.row, bits, true);
+    add_strange(dq, k.at(item.batch, item.head / a.group_heads, first), k.row, bits, all);
 }
 
 // What a thread knows of its two rows.

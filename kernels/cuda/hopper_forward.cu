@@ -102,8 +102,11 @@ DEVICE void scout(const ForwardArguments& a, u32 shared, const Barriers& at) {
             const bool masked = steps.partial(keys);
             mbarrier_wait(at.v_empty + 8 * turn.stage, turn.parity ^ 1);
             write_note(shared + NOTES + turn.stage * NOTE, {steps.step * STEP, masked, item.head});
-            if (masked)
-                write_bits(shared + BITS + turn.stage * BITS_BYTES, steps, keys);
+            if (masked) {
+                u64 there[2];
+                steps.there(there, keys);
+                write_bits(shared + BITS + turn.stage * BITS_BYTES, steps, there);
+            }
             release(at.scouted + 8 * turn.stage);
             turn.advance();
         }
@@ -204,17 +207,19 @@ DEVICE void shrink(float (&sums)[D / 2], const State& state) {
 }
 
 // Ends the sums of a step: adds what inspectors took out of its values, and lets go of these.
-DEVICE void finish_sums(float (&sums)[D / 2], const ForwardArguments& a, const Item& item,
-                        int group, bool masked, int stage, u32 shared, const Barriers& at) {
+DEVICE void finish_sums(float (&sums)[D / 2], const u32 (&weights)[STEP / 16][4],
+                        const ForwardArguments& a, const Item& item, int group, bool masked,
+                        int stage, u32 shared, const Barriers& at) {
     if (masked && told(shared + FOUND + stage * NOTE, INSPECTORS)) {
         const int first = read_note(shared + NOTES + stage * NOTE).first;
         UNROLL
         for (int half = 0; half < 2; half++) {
-            u64 bits[2];
+            u64 bits[2], vanished[2];
+            find_vanished(vanished, weights, half * TILE / 16);
             read_bits<2>(bits, shared + BITS + stage * BITS_BYTES, group, half);
             const u16* rows = a.values.at(item.batch, item.head / a.group_heads,
                                           first + half * TILE);
-            add_strange(sums, rows, a.values.row, bits, false);
+            add_strange(sums, rows, a.values.row, bits, vanished);
         }
     }
     release(at.v_empty + 8 * stage);
@@ -223,10 +228,12 @@ DEVICE void finish_sums(float (&sums)[D / 2], const ForwardArguments& a, const I
 // Scores that were waited for become weights.
 DEVICE void finish_scores(float (&scores)[STEP / 2], State& state, bool masked, u32 bits, int group,
                           float scale) {
-    if (scale < 0.0f) {
+    if (!(scale > 0.0f)) {
+        // what is not finite becomes NaN by a scale of 0, and so does everything by one of NaN
+        const float factor = scale < 0.0f ? -1.0f : scale;
         UNROLL
         for (int i = 0; i < STEP / 2; i++)
-            scores[i] = -scores[i];
+            scores[i] *= factor;
     }
     if (masked) {
         UNROLL
@@ -339,7 +346,7 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
                 wgmma_wait<0>();
                 hold(sums);
                 hold(weights);
-                finish_sums(sums, a, item, group, masked_before, before.stage, shared, at);
+                finish_sums(sums, weights, a, item, group, masked_before, before.stage, shared, at);
                 round_weights(weights, scores);
                 shrink(sums, state);
             }
@@ -353,7 +360,7 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
             wgmma_wait<0>();
             hold(sums);
             hold(weights);
-            finish_sums(sums, a, item, group, masked, turn.stage, shared, at);
+            finish_sums(sums, weights, a, item, group, masked, turn.stage, shared, at);
             turn.advance();
         }
         finish(a, item, group, state, sums, scale, shared + SCRATCH);

@@ -69,8 +69,12 @@ struct Item {
 };
 
 DEVICE Item item_of(const int4* items, int number) {
-    const int4 found = items[number];
+    const int4 found = items[u32(number)];
     return {found.x, found.y, found.z, found.w};
+}
+
+DEVICE u64 first_bits(int count) {
+    return count >= 64 ? ~u64(0) : count <= 0 ? u64(0) : (u64(1) << count) - 1;
 }
 
 // The steps of a line, in order. How many there are, its item tells.
@@ -104,34 +108,42 @@ struct Walk {
         left--;
     }
 
-    // Whether a pair of the step is masked, if only so many tokens are there.
-    __device__ __forceinline__ bool partial(int tokens) const {
-        bool found = (step + 1) * C * TILE > tokens;
+    // The tokens of the step that are there, if only so many are in all.
+    __device__ __forceinline__ void there(u64 (&bits)[C], int tokens) const {
+        UNROLL
+        for (int i = 0; i < C; i++)
+            bits[i] = first_bits(tokens - (step * C + i) * TILE);
+    }
+
+    // Whether a pair of the step is masked.
+    __device__ __forceinline__ bool partial() const {
+        bool found = false;
         UNROLL
         for (int i = 0; i < R * C; i++)
             found |= at[i] != FULL;
         return found;
     }
+
+    // The same if only so many tokens are there.
+    __device__ __forceinline__ bool partial(int tokens) const {
+        return partial() || (step + 1) * C * TILE > tokens;
+    }
 };
 
-DEVICE u64 first_bits(int count) {
-    return count >= 64 ? ~u64(0) : count <= 0 ? u64(0) : (u64(1) << count) - 1;
-}
-
-// A scout, all its lanes, writes the bits of a step: C words for each of the block's rows.
+// A scout, all its lanes, writes the bits of a step: C words for each of the block's rows, of which
+// only those tokens count that `live` has.
 template <int R, int C>
-DEVICE void write_bits(u32 to, const Walk<R, C>& walk, int tokens) {
+DEVICE void write_bits(u32 to, const Walk<R, C>& walk, const u64 (&live)[C]) {
     UNROLL
     for (int i = 0; i < R * C; i++) {
         const int kind = walk.at[i];
         const int name = kind < 0 ? 0 : walk.lists.names[kind];
-        const int there = tokens - (walk.step * C + i % C) * TILE;
         KEEP_ROLLED
         for (int row = lane_number(); row < TILE; row += WARP) {
             u64 word = kind == FULL ? ~u64(0) : u64(0);
             if (kind >= 0)
                 word = walk.lists.bits[i64(name) * TILE + row];
-            store_shared(to + ((i / C * TILE + row) * C + i % C) * 8, word & first_bits(there));
+            store_shared(to + ((i / C * TILE + row) * C + i % C) * 8, word & live[i % C]);
         }
     }
 }
@@ -307,10 +319,34 @@ struct Rows {
     }
 };
 
+// The columns of 64 whose weights are 0 in a thread's two rows, as products take them: those of
+// weights[first] to weights[first + 3].
+template <int COUNT>
+DEVICE void find_vanished(u64 (&found)[2], const u32 (&weights)[COUNT][4], int first) {
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        u32 words[2] = {0, 0};
+        UNROLL
+        for (int i = 0; i < TILE / 8; i++)
+            UNROLL
+            for (int e = 0; e < 2; e++)
+                if (!(weights[first + i / 2][i % 2 * 2 + h] >> 16 * e & 0x7fff))
+                    words[i / 4] |= 1u << (8 * (i % 4) + e);
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+            words[i] <<= column_of_thread();
+            words[i] |= __shfl_xor_sync(~0u, words[i], 1);
+            words[i] |= __shfl_xor_sync(~0u, words[i], 2);
+        }
+        found[h] = words[0] | u64(words[1]) << 32;
+    }
+}
+
 // Adds what is not finite in rows 0 to 63 of an operand to a thread's sums, where `bits` tell that
-// its rows see them: as it is, or as NaN if what it was multiplied with has no known sign.
+// its rows see them: as it is, or as NaN where `as_nan` has a bit, as what it was multiplied with is
+// 0 or of either sign.
 DEVICE void add_strange(float (&sums)[D / 2], const u16* rows, i64 stride, const u64 (&bits)[2],
-                        bool signless) {
+                        const u64 (&as_nan)[2]) {
     const u64 seen = bits[0] | bits[1];
     for (int row = 0; row < TILE; row++) {
         if (!(seen >> row & 1))
@@ -324,11 +360,12 @@ DEVICE void add_strange(float (&sums)[D / 2], const u16* rows, i64 stride, const
             UNROLL
             for (int e = 0; e < 2; e++) {
                 const u32 half = e ? pair >> 16 : pair & 0xffff;
-                const float found = signless ? FLOAT_NAN : unpack(half);
+                if (!is_strange(half))
+                    continue;
                 UNROLL
                 for (int h = 0; h < 2; h++)
-                    if (is_strange(half) && (bits[h] >> row & 1))
-                        sums[4 * i + 2 * h + e] += found;
+                    if (bits[h] >> row & 1)
+                        sums[4 * i + 2 * h + e] += as_nan[h] >> row & 1 ? FLOAT_NAN : unpack(half);
             }
         }
     }

@@ -7,7 +7,7 @@
 //
 //     1. each row's bits of allowed pairs go to shared memory;
 //     2. what is not finite is added to the results of the rows that may see it: inf stays inf, inf
-//        beside -inf and NaN become NaN, as they would in the product;
+//        beside -inf, inf with a weight of 0, and NaN become NaN, as they would in the product;
 //     3. it becomes 0 in the tile, and the ordinary product follows.
 #pragma once
 #include "tile.cuh"
@@ -75,12 +75,12 @@ template<int COLUMNS> struct RowBits {
     }
 };
 
-// Adds to `c` what its rows may see that is not finite in `count` rows of a tile, from `first` on.
-// Where weights may be of either sign that makes NaN of inf. `words`: what the warp's rows shared,
-// 8 bytes each.
+// Adds to `c` what its rows may see that is not finite in `count` rows of a tile, from `first` on:
+// as it is, where weights are positive, or as NaN, where they are 0 or of either sign. `words`: what
+// the warp's rows shared, 8 bytes each.
 template<int ROW_COUNT, int WIDTH, int ROW_SLICES>
 DEVICE void add_bad(Sum (&c)[ROW_SLICES][WIDTH / 8][4], u32 tile, int first, int count, u32 words,
-                    bool either_sign) {
+                    bool as_nan) {
     _Pragma("unroll 1")
     for (int j = 0; j < count; j++) {
         bool sees[ROW_SLICES][2];
@@ -101,7 +101,7 @@ DEVICE void add_bad(Sum (&c)[ROW_SLICES][WIDTH / 8][4], u32 tile, int first, int
                                                    + column % CHUNK * BYTES));
                 if (is_finite(x))
                     continue;
-                if (either_sign)
+                if (as_nan)
                     x = NOT_A_NUMBER;
                 UNROLL
                 for (int s = 0; s < ROW_SLICES; s++)
@@ -110,5 +110,41 @@ DEVICE void add_bad(Sum (&c)[ROW_SLICES][WIDTH / 8][4], u32 tile, int first, int
                         if (sees[s][h])
                             c[s][i][2 * h + e] += x;
             }
+    }
+}
+
+// Whether a weight is 0 in the product that follows: number 2 h + e of tile i.
+template<int TILES> DEVICE bool vanishes(const Weights<TILES>& w, int i, int h, int e) {
+#if ELEMENT <= BF16
+    return (w.x[i][h] >> 16 * e & 0x7fff) == 0;
+#else
+    return w.x[i][2 * h + e] == 0;
+#endif
+}
+
+// For a product with `weights`, none of them negative: calls add(false) when the warp's rows have
+// shared those of their `bits` whose weight is positive, and add(true) for those of 0, as 0 times inf
+// is NaN.
+template<int ROW_SLICES, int TILES, class Add>
+DEVICE void add_by_weight(u32 words, const RowBits<8 * TILES> (&bits)[ROW_SLICES][2],
+                          const Weights<TILES> (&weights)[ROW_SLICES], Add add) {
+    _Pragma("unroll 1")
+    for (int vanished = 0; vanished < 2; vanished++) {
+        UNROLL
+        for (int s = 0; s < ROW_SLICES; s++)
+            UNROLL
+            for (int h = 0; h < 2; h++) {
+                RowBits<8 * TILES> own = bits[s][h];
+                UNROLL
+                for (int i = 0; i < TILES; i++)
+                    UNROLL
+                    for (int e = 0; e < 2; e++)
+                        if (vanishes(weights[s], i, h, e) != (vanished != 0))
+                            own.hide(i, e);
+                own.share(words + 8 * (16 * s + 8 * h + row_of_lane()));
+            }
+        __syncwarp();
+        add(vanished != 0);
+        __syncwarp();
     }
 }

@@ -140,7 +140,7 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
         const int columns = queries - walk.tile * TILE;
         const int kind = walk.kind(p.lists, 0);
         // terms have nothing for keys that are not there
-        const bool masked = kind != FULL || columns < TILE || (TERMS && first + ROWS > keys)
+        bool masked = kind != FULL || columns < TILE || (TERMS && first + ROWS > keys)
             || (HAS(BIAS) && p.scores.bias.at) || (HAS(GATE) && p.scores.gate.at);
         from += LOAD;
         if (from >= min(columns, int(TILE))) {
@@ -155,12 +155,16 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
 
         const u32 q_tile = q_tiles + slot * Q_SIZE;
         const u32 dout_tile = dout_tiles + slot * DOUT_SIZE;
+        if (!masked) {
+            // a query whose scores are all -inf adds nothing, whatever it and dout hold; LOAD is
+            // THREADS at most
+            const u32 own_lse = lse_rows + slot * ROW_SIZE + threadIdx.x * sizeof(Sum);
+            masked = __syncthreads_or(threadIdx.x < LOAD && load_shared<Sum>(own_lse) == -INFINITE);
+        }
         bool bad = false;
         if (masked || ELEMENT == F32)
             bad = __syncthreads_or(bad_keys | any_bad<LOAD, D>(q_tile)
                                    | any_bad<LOAD, E>(dout_tile));
-        else
-            __syncthreads();
         const Sum scale = p.scores.scale[here];
 
         _Pragma("unroll 1")
@@ -224,18 +228,15 @@ softmax_backward_keys(const __grid_constant__ KeysArguments a) {
             }
             if (bad) {
                 // see nonfinite.cuh
-                if (met) {
-                    UNROLL
-                    for (int r = 0; r < 2 * SLICES; r++)
-                        bits[r / 2][r % 2].share(words + 8 * (8 * r + row_of_lane()));
-                    __syncwarp();
+                if (met)
+                    add_by_weight(words, bits, weights, [&](bool vanished) {
 #if DV
-                        add_bad<LOAD, DV>(dv, dout_tile + dv_panel, step, STEP, words, false);
+                        add_bad<LOAD, DV>(dv, dout_tile + dv_panel, step, STEP, words, vanished);
 #endif
 #if DK
                         add_bad<LOAD, DK>(dk, q_tile + dk_panel, step, STEP, words, true);
 #endif
-                }
+                    });
                 __syncthreads();
                 clean<LOAD, E>(dout_tile, step, STEP);
                 clean<LOAD, D>(q_tile, step, STEP);

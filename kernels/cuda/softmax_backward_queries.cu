@@ -196,8 +196,9 @@ softmax_backward_queries(const __grid_constant__ QueriesArguments a) {
                 UNROLL
                 for (int e = 0; e < 2; e++) {
                     Sum& x = dq[s][i][2 * h + e];
-                    // what a padded query has met is not looked at
-                    if (query >= queries)
+                    // what a padded query has met is not looked at, nor what one without a finite
+                    // score has
+                    if (shift[s][h] == INFINITE)
                         x = 0;
                     // a row that sees no key may hold anything
                     if (x != 0)

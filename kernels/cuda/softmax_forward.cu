@@ -173,8 +173,8 @@ DEVICE void finish(const ForwardArguments& a, const Block& block, State& x, int 
                 share *= share_beside(lse, sink);
                 lse = log_of_sum(lse, sink);
             }
-            // what a padded query has met is not looked at
-            if (!row.live)
+            // what a padded query has met is not looked at, nor what one without a finite score has
+            if (!seen)
                 UNROLL
                 for (int i = 0; i < E / 8; i++)
                     x.sums[s][i][2 * h] = x.sums[s][i][2 * h + 1] = 0;
@@ -329,13 +329,10 @@ softmax_forward(const __grid_constant__ ForwardArguments a) {
             }
             if (bad) {
                 // see nonfinite.cuh
-                if (met) {
-                    UNROLL
-                    for (int r = 0; r < 2 * SLICES; r++)
-                        bits[r / 2][r % 2].share(words + 8 * (8 * r + row_of_lane()));
-                    __syncwarp();
-                    add_bad<LOAD, E>(x.sums, v_tile, step, STEP, words, false);
-                }
+                if (met)
+                    add_by_weight(words, bits, weights, [&](bool vanished) {
+                        add_bad<LOAD, E>(x.sums, v_tile, step, STEP, words, vanished);
+                    });
                 __syncthreads();
                 clean<LOAD, E>(v_tile, step, STEP);
                 __syncthreads();

@@ -60,9 +60,10 @@ def forward_tiling(name: str, d: int, e: int, terms: int, shared: int,
     elif wide <= 64 and not terms and not packed:
         choices = [Tiling(2, 4, 64, 64, 2)]
     else:
-        choices = [Tiling(1, 4, 64, 64 if wide <= 128 and not terms else 32,
-                          2 if wide <= 128 else 1),
-                   Tiling(1, 4, 32, 32, 1), Tiling(1, 2, 32, 32, 1), Tiling(1, 2, 16, 16, 1)]
+        step = (32 if terms else 64) if wide <= 128 else 16 if terms else 32
+        choices = [Tiling(1, 4, 64, step, 2 if wide <= 128 else 1),
+                   Tiling(1, 4, 32, min(step, 32), 1), Tiling(1, 2, 32, min(step, 32), 1),
+                   Tiling(1, 2, 16, 16, 1)]
     return next((x for x in choices if forward_shared(name, x, d, e) <= shared), None)
 
 

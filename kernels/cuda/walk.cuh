@@ -82,6 +82,6 @@ DEVICE u64 first_bits(int count) {
 
 // The columns of a tile that a row of it may meet, if `columns` of them are there.
 DEVICE u64 bits_of_row(const TileLists& lists, int kind, int row, int columns) {
-    const u64 bits = kind >= 0 ? lists.bits[i64(kind) * TILE + row] : kind == FULL ? ~u64(0) : u64(0);
+    const u64 bits = kind >= 0 ? lists.bits[u32(kind) * TILE + row] : kind == FULL ? ~u64(0) : u64(0);
     return bits & first_bits(columns);
 }
