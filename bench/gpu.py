@@ -7,10 +7,12 @@ machine    what GPU, driver and compiler; what a copy and a matrix product reach
            compiled, by several processes
 correct    the backends cuda and numba_cuda beside float64 on the host, as `pyattn check` does it
 sanitize   compute-sanitizer's memcheck and racecheck on small shapes, if it is installed
-times      forward and backward by events, between them the cache is overwritten; TFLOP/s, beside
-           torch (flash, memory-efficient and cuDNN attention), FlexAttention, Triton's tutorial
-           kernel (``--triton-tutorial 06-fused-attention.py``) and plain CuPy, where installed;
-           sparse masks by the TFLOP/s on the tiles that they visit
+tune       how kernels best divide their work: the table that `pyattn warmup --gpu` would keep
+times      forward and backward, by that table if it was measured, and by events; between them the
+           cache is overwritten; TFLOP/s, beside torch (flash, memory-efficient and cuDNN
+           attention), FlexAttention, Triton's tutorial kernel (``--triton-tutorial
+           06-fused-attention.py``) and plain CuPy, where installed; sparse masks by the TFLOP/s on
+           the tiles that they visit
 portable   the backend array_api on CuPy arrays beside the host
 
 It stops starting new work after ``--minutes``, and writes one file, results-gpu-<name>.md, beside
@@ -44,13 +46,14 @@ import numpy as np
 
 import pyattn
 from pyattn import dispatch, masks
+from pyattn.cli import tune_gpu
 from pyattn.testing import on_gpu
 from pyattn.testing.compare import plain_dtype
 from pyattn.testing.report import OK, SKIPPED, text_failure
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PARTS = ("machine", "correct", "sanitize", "times", "portable")
+PARTS = ("machine", "correct", "sanitize", "tune", "times", "portable")
 
 CORRECT_SHARE = 0.4
 """What part of the time correctness may take, so that there are times too."""
@@ -238,6 +241,9 @@ class Gpu:
         _small(self)
         self.cupy.cuda.Device().synchronize()
 
+    def tuned(self) -> tune_gpu.Measured:
+        return tune_gpu.measure(self.asarray)
+
     def rivals(self, tutorial: Path | None) -> dict[str, Rival]:
         found: dict[str, Rival] = {"CuPy": plain_cupy}
         if importlib.util.find_spec("torch") is not None:
@@ -311,6 +317,9 @@ class Emulated:
 
     def small(self) -> None:
         _small(self)
+
+    def tuned(self) -> tune_gpu.Measured:
+        return tune_gpu.measure(self.asarray, tokens=64, only=lambda name: name == "keys half 64")
 
     def rivals(self, tutorial: Path | None) -> dict[str, Rival]:
         return {}
@@ -481,6 +490,8 @@ class Results:
     end: float
     lines: list[str] = dataclasses.field(default_factory=list)
     wrong: int = 0
+    choices: dict[str, Any] | None = None
+    """How kernels divide their work, if that was measured."""
 
     def add(self, *lines: str) -> None:
         for line in lines:
@@ -540,7 +551,31 @@ def sanitize_part(machine: Any, results: Results, args: Any) -> None:
         results.wrong += 1
 
 
+def tune_part(machine: Any, results: Results, args: Any) -> None:
+    from pyattn.kernels.cuda import device, tuning
+
+    results.add("", "## Tuning", "")
+    try:
+        found = machine.tuned()
+    except Exception as error:      # what cannot be measured must not end the run
+        results.add(f"- {type(error).__name__}: {error}")
+        results.wrong += 1
+        return
+    results.choices = found.choices
+    results.wrong += len(found.wrong)
+    current = device.of(machine.asarray(np.zeros(1, np.float32)))
+    results.add("```json", *tuning.text(current, found.choices, found.seconds).splitlines(), "```",
+                *(f"- wrong: {line}" for line in found.wrong))
+
+
 def times_part(machine: Any, results: Results, args: Any) -> None:
+    from pyattn.kernels.cuda import tuning
+
+    with contextlib.nullcontext() if results.choices is None else tuning.trial(results.choices):
+        timed_rows(machine, results, args)
+
+
+def timed_rows(machine: Any, results: Results, args: Any) -> None:
     results.add("", "## Times", "",
                 "TFLOP/s at the median (median and quartiles in milliseconds). A forward counts "
                 "4 D operations for each pair, a backward 10 D; causal counts half of all pairs, "
@@ -617,7 +652,8 @@ def main(given: list[str]) -> int:
             results.add("", f"## {part}: not reached in {args.minutes:g} minutes")
             continue
         {"machine": machine_part, "correct": correct_part, "sanitize": sanitize_part,
-         "times": times_part, "portable": portable_part}[part](machine, results, args)
+         "tune": tune_part, "times": times_part,
+         "portable": portable_part}[part](machine, results, args)
     results.add("", f"{time.perf_counter() - start:.0f} s in all.")
     word = re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")
     path = args.output or Path(__file__).with_name(f"results-gpu-{word}.md")

@@ -1,7 +1,8 @@
 """The folder where compiled code is kept from process to process, and its files.
 
-A file begins with the digest of what follows. Nobody meets half a file, and one that is damaged or
-that another user could have written is not taken.
+A file of code begins with the digest of what follows. Nobody meets half a file, and one that is
+damaged or that another user could have written is not taken. Plain files have no digest: they are
+for people to read, too, and whoever takes one looks at what it says.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ def cache_folder() -> Path | None:
 
 def read(path: Path) -> bytes | None:
     """Return what `write` stored, unless it is missing, damaged, or another user's."""
+    content = read_plain(path)
+    if content is None:
+        return None
+    digest, stored = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    return stored if hashlib.sha256(stored).digest() == digest else None
+
+
+def read_plain(path: Path) -> bytes | None:
+    """Return what a file holds, unless it is missing or another user's."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -44,12 +54,16 @@ def read(path: Path) -> bytes | None:
     if hasattr(os, "getuid") and (
             status.st_uid not in (os.getuid(), ROOT) or status.st_mode & WRITABLE_BY_OTHERS):
         return None
-    digest, stored = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    return stored if hashlib.sha256(stored).digest() == digest else None
+    return content
 
 
 def write(path: Path, content: bytes) -> None:
     """Keep `content` at `path`, a file in a folder of the cache, if anything can be written."""
+    write_plain(path, hashlib.sha256(content).digest() + content)
+
+
+def write_plain(path: Path, content: bytes) -> None:
+    """Do so without a digest."""
     try:
         for folder in (path.parent.parent, path.parent):
             folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -58,7 +72,7 @@ def write(path: Path, content: bytes) -> None:
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(content).digest() + content)
+            file.write(content)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except OSError:

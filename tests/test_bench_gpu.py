@@ -72,5 +72,6 @@ def test_a_rehearsal_in_the_emulator(tmp_path, monkeypatch, capsys):
     assert "| forward | causal D64" in told
     assert "race detector: nothing found" in told
     assert "error" not in told
-    for part in ("Machine", "Correctness", "compute-sanitizer", "Times"):
+    assert '"keys half 64": [1, 4, 64, ' in told
+    for part in ("Machine", "Correctness", "compute-sanitizer", "Tuning", "Times"):
         assert f"## {part}" in told

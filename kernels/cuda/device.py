@@ -34,6 +34,10 @@ OLDEST = (8, 0)
 SHARED_UNASKED = 48 * 1024
 """Bytes of dynamic shared memory that a block may have without being asked for."""
 
+BUSY_BYTES = 2**28
+BUSY_TIMES = 8
+"""What is written before something is timed: about a millisecond's work."""
+
 CONSTANTS_NUMBER = 1024
 CONSTANTS_BYTES = 2**28
 """How much is kept of copies of host arrays, on each device."""
@@ -71,6 +75,10 @@ class Device(Protocol):
         """Bytes that a block may have."""
 
     @property
+    def compiler(self) -> str:
+        """What compiles kernels for it, "NVRTC 13.0"."""
+
+    @property
     def stream(self) -> Hashable:
         """The current stream, for keys of what is kept from call to call.
 
@@ -106,6 +114,9 @@ class Device(Protocol):
 
     def address(self, array: Array) -> int:
         """Where the first element is."""
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """How long what `call` puts into the current stream takes; this waits for it."""
 
     def tensor_map(self, array: Array, rows: int, columns: int) -> bytes:
         """128 bytes that tell the tensor memory accelerator how (B, H, N, D) lies in memory.
@@ -196,6 +207,11 @@ class CupyDevice:
         self._lock = threading.Lock()
 
     @property
+    def compiler(self) -> str:
+        """See `Device`."""
+        return f"NVRTC {'.'.join(map(str, compile.nvrtc_version()))}"
+
+    @property
     def stream(self) -> Hashable:
         """See `Device`."""
         stream = self._cupy.cuda.get_current_stream().ptr
@@ -254,6 +270,19 @@ class CupyDevice:
     def address(self, array: Array) -> int:
         """See `Device`."""
         return array.data.ptr
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """See `Device`."""
+        start, stop = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+        # keeps the device busy while the host puts in what is timed, which then waits for nothing
+        written = self._cupy.empty(BUSY_BYTES, np.uint8)
+        for value in range(BUSY_TIMES):
+            written.fill(value)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return self._cupy.cuda.get_elapsed_time(start, stop) / 1e3
 
     def tensor_map(self, array: Array, rows: int, columns: int) -> bytes:
         """See `Device`."""

@@ -7,15 +7,17 @@ they lie, by tensor maps.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pyattn.arrays import Array, dtype_name, namespace
 
 from . import device as devices
+from . import tuning
 from .device import Device, Kernel
 from .walk import Walk, coarse
 
@@ -25,7 +27,27 @@ WIDTHS = (64, 128)
 NAMES = ("hopper_forward", "hopper_backward_queries", "hopper_backward_keys")
 
 GROUPS = 2
-"""Warpgroups that compute; each has 64 rows of a block."""
+"""Warpgroups that compute; each has 64 rows of a block. For three there are too few registers."""
+
+
+class Build(NamedTuple):
+    """What a kernel is built with."""
+
+    stages: int
+    """How many steps of what is walked there is room for."""
+    settle: int
+    """Whether exponentials are held before the wait for the products that run meanwhile."""
+
+
+BUILDS = {
+    ("hopper_forward", 64): (Build(4, 1), Build(4, 0), Build(2, 1)),
+    ("hopper_forward", 128): (Build(2, 1), Build(2, 0)),
+    ("hopper_backward_queries", 64): (Build(4, 1), Build(4, 0)),
+    ("hopper_backward_queries", 128): (Build(4, 1), Build(4, 0)),
+    ("hopper_backward_keys", 64): (Build(4, 1), Build(2, 1)),
+    ("hopper_backward_keys", 128): (Build(4, 1), Build(2, 1)),
+}
+"""What a table may choose from; the rule first."""
 
 CACHE_BYTES = 2**25
 """Keys and values that are read again from the second-level cache, if their blocks run together."""
@@ -33,9 +55,17 @@ CACHE_BYTES = 2**25
 WORST_FILL = 0.6
 """The least share of tiles that hold pairs, among those of the steps that a walk takes."""
 
+NEVER = 2.0
+FILLS = (0.0, 0.5, 0.75, 1.0, NEVER)
+"""What a table may have in its place."""
 
-def refuses(problem: Any) -> str | None:
-    """Say why `problem` is not for these kernels, or None."""
+FEW = TILE
+"""Up to so many queries of all heads of a group are for the kernels that run everywhere: these read
+keys once for the group, and can divide them among blocks."""
+
+
+def refuses(problem: Any, way: str = "forward") -> str | None:
+    """Say why `problem` is not for these kernels, or None; `way` may be "backward"."""
     q, v = problem.q, problem.v
     if devices.of(q).capability != CAPABILITY:
         return "the kernels for Hopper need compute capability 9.0"
@@ -53,15 +83,31 @@ def refuses(problem: Any) -> str | None:
         return "the kernels for Hopper have no dropout"
     if problem.summed:
         return "the kernels for Hopper do not sum over broadcast operands"
-    room = devices.of(q).shared_memory
-    if max(_shared_bytes(_kernel(name, q.shape[3], dtype_name(q))) for name in NAMES) > room:
-        return f"the kernels for Hopper do not fit the {room} bytes of shared memory of a block"
+    device, width = devices.of(q), q.shape[3]
+    if not all(_builds(name, width, device.shared_memory) for name in NAMES):
+        return (f"the kernels for Hopper do not fit the {device.shared_memory} bytes of shared "
+                "memory of a block")
     for name in ("q", "k", "v"):
         if not _mappable(getattr(problem, name)):
             return f"the kernels for Hopper read {name} by rows at multiples of 16 bytes"
-    if _fill(problem.blocks) < WORST_FILL:
+    few = way == "forward" and q.shape[1] // problem.k.shape[1] * q.shape[2] <= FEW
+    if few and not tuning.chosen(device, f"hopper few {width}", (False, True)):
+        return "few queries are for kernels that divide keys among blocks"
+    least = tuning.chosen(device, f"hopper {way} {width}", (WORST_FILL, *FILLS))
+    if _fill(problem.blocks) < least:
         return "the mask has pairs in few of the tiles that steps of 128 would visit"
     return None
+
+
+@functools.cache
+def _builds(name: str, width: int, room: int) -> list[Build]:
+    """Return the builds of a kernel that have room in so much shared memory."""
+    return [build for build in BUILDS[name, width]
+            if _shared_bytes(_kernel(name, width, "bfloat16", build)) <= room]
+
+
+def _build(device: Device, name: str, width: int) -> Build:
+    return tuning.chosen(device, f"{name} {width}", _builds(name, width, device.shared_memory))
 
 
 def forward(problem: Any) -> tuple[Array, Array]:
@@ -69,8 +115,8 @@ def forward(problem: Any) -> tuple[Array, Array]:
     device = devices.of(problem.q)
     out = device.empty(problem.q.shape, problem.q.dtype)
     lse = device.empty(problem.q.shape[:3], np.float32)
+    launch = _Launch(device, problem, FORWARD, "hopper_forward")
     walk = coarse(problem.blocks, GROUPS, 2)
-    launch = _Launch(device, problem, FORWARD)
     launch.put_lists(walk, _steps(walk, problem.layout, problem.q_lengths, problem.kv_lengths, 2))
     launch.put_map("q", problem.q, GROUPS * TILE)
     launch.put_map("k", problem.k, 2 * TILE)
@@ -78,7 +124,7 @@ def forward(problem: Any) -> tuple[Array, Array]:
     launch.put_rows("values", problem.v)
     for name, array in (("out", out), ("lse", lse), ("sinks", problem.sinks)):
         launch.put(name, array)
-    launch.run("hopper_forward")
+    launch.run()
     return out, lse
 
 
@@ -91,8 +137,8 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     parts = device.empty(q.shape[:3], np.float32)
     own, walked = GROUPS * TILE, TILE
 
+    launch = _Launch(device, problem, BACKWARD, "hopper_backward_queries")
     walk = coarse(problem.blocks, GROUPS, 1)
-    launch = _Launch(device, problem, BACKWARD)
     launch.put_lists(walk, _steps(walk, problem.layout, problem.q_lengths, problem.kv_lengths, 1))
     for name, array, rows in (("q", q, own), ("dout", dout, own), ("k", problem.k, walked),
                               ("v", problem.v, walked)):
@@ -100,10 +146,10 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     launch.put_rows("walked", problem.k, problem.v)
     for name, array in (("lse", lse), ("delta", delta), ("dq", dq), ("dscale", parts)):
         launch.put(name, array)
-    launch.run("hopper_backward_queries")
+    launch.run()
 
+    launch = _Launch(device, problem, BACKWARD, "hopper_backward_keys")
     walk = coarse(problem.blocks, GROUPS, 1, transposed=True)
-    launch = _Launch(device, problem, BACKWARD)
     steps = _steps(walk, problem.layout, problem.kv_lengths, problem.q_lengths, 1)
     launch.put_lists(walk, steps, problem.k.shape[1])
     for name, array, rows in (("q", q, walked), ("dout", dout, walked), ("k", problem.k, own),
@@ -112,7 +158,7 @@ def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, A
     launch.put_rows("walked", q, dout)
     for name, array in (("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv)):
         launch.put(name, array)
-    launch.run("hopper_backward_keys")
+    launch.run()
     with np.errstate(all="ignore"):
         dscale = namespace(q).sum(parts, axis=(0, 2))
     return {"q": dq, "k": dk, "v": dv, "scale": dscale}
@@ -209,10 +255,11 @@ BACKWARD = _structure(
 
 
 class _Launch:
-    """The arguments of one launch, and what keeps their arrays alive."""
+    """The arguments of one launch of a kernel, and what keeps their arrays alive."""
 
-    def __init__(self, device: Device, problem: Any, structure: np.dtype):
-        self.device, self.problem = device, problem
+    def __init__(self, device: Device, problem: Any, structure: np.dtype, name: str):
+        self.device, self.problem, self.name = device, problem, name
+        self.build = _build(device, name, problem.q.shape[3])
         self.arguments = np.zeros((), structure)
         self._held: list[Any] = []
         heads, groups = problem.q.shape[1], problem.k.shape[1]
@@ -263,26 +310,27 @@ class _Launch:
         self.put("items", self._constant(items))
         self.arguments["item_count"] = len(items)
 
-    def run(self, name: str) -> None:
+    def run(self) -> None:
         """Launch as many blocks as have items, one to a multiprocessor at most."""
-        kernel = _kernel(name, self.problem.q.shape[3], dtype_name(self.problem.q))
+        kernel = _kernel(self.name, self.problem.q.shape[3], dtype_name(self.problem.q),
+                         self.build)
         blocks = min(int(self.arguments["item_count"]), self.device.multiprocessors)
         self.device.launch(kernel, blocks, self.arguments, _shared_bytes(kernel))
 
 
 def configurations() -> list[tuple[Kernel, tuple[str, ...], str]]:
     """Return every kernel that can be launched, what it is compiled for, and what it must have."""
-    return [(_kernel(name, width, dtype), ("sm_90a",), "HGMMA")
-            for name in NAMES
-            for width in WIDTHS for dtype in ("float16", "bfloat16")]
+    return [(_kernel(name, width, dtype, build), ("sm_90a",), "HGMMA")
+            for (name, width), builds in BUILDS.items() for build in builds
+            for dtype in ("float16", "bfloat16")]
 
 
-def _kernel(name: str, width: int, dtype: str) -> Kernel:
+def _kernel(name: str, width: int, dtype: str, build: Build) -> Kernel:
     # the sums of two products of 128 columns take nearly all registers that there are
     serve, compute = (32, 240) if (name, width) == ("hopper_backward_keys", 128) else (40, 232)
     macros = {"BRAIN": int(dtype == "bfloat16"), "D": width, "GROUPS": GROUPS,
-              "STAGES": 2 if (name, width) == ("hopper_forward", 128) else 4,
-              "SERVE_REGISTERS": serve, "COMPUTE_REGISTERS": compute}
+              "STAGES": build.stages, "SETTLE": build.settle, "SERVE_REGISTERS": serve,
+              "COMPUTE_REGISTERS": compute}
     return Kernel(f"{name}.cu", name, tuple(macros.items()), 128 * (1 + GROUPS),
                   architecture_specific=True)
 

@@ -159,7 +159,9 @@ DEVICE void compute(const BackwardArguments& a, u32 shared, const Barriers& at, 
             for (int i = 0; i < TILE / 2; i++)
                 scores[i] = exp2_approx(fmaf(scores[i], unit, -state.lse[i / 2 % 2]));
             hold(scores);
+#if SETTLE
             settle(scores[TILE / 2 - 2] + scores[TILE / 2 - 1]);
+#endif
             wgmma_wait<0>();
             hold(pulls);
             release(at.scored + 8 * stage);

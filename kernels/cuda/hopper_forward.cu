@@ -342,7 +342,9 @@ DEVICE void compute(const ForwardArguments& a, u32 shared, const Barriers& at, i
                 finish_scores(scores, state, masked, shared + BITS + turn.stage * BITS_BYTES,
                               group, scale);
                 hold(scores);
+#if SETTLE
                 settle(state.total[0] + state.total[1]);
+#endif
                 wgmma_wait<0>();
                 hold(sums);
                 hold(weights);

@@ -5,7 +5,7 @@
 // one scouts (it walks the lists and notes in shared memory what each step is), and two inspect.
 //
 // Macros: BRAIN (1: bf16, 0: fp16); D (64 or 128), the width of q, k and v; GROUPS, the warpgroups
-// that compute, each for 64 rows of a block; STAGES.
+// that compute, each for 64 rows of a block; STAGES; SETTLE, whether `settle` is used.
 #pragma once
 #include "hopper.cuh"
 

@@ -16,7 +16,7 @@ import numpy as np
 from pyattn.arrays import Array, dtype_name
 
 from . import device as devices
-from . import hopper, term_gradients
+from . import hopper, term_gradients, tuning
 from .layout import (
     OPERAND,
     TILE,
@@ -37,12 +37,15 @@ from .tilings import (
     BIAS,
     DROPOUT,
     GATE,
+    KINDS,
     OFFSETS,
     ROOM_OF_QUERIES,
     SOFTCAP,
     WIDTHS,
+    Tiling,
     backward_shared,
     backward_tiling,
+    candidates,
     chunk_of_values,
     column_chunk,
     fits,
@@ -55,11 +58,16 @@ from .tilings import (
     terms_shared,
     terms_tiling,
 )
+from .walk import pattern
 
 INDEXED = False
 
-SPLIT_TILES = 4
-"""Tiles of keys that a split has at least."""
+SPLITS = ((4, 1), (2, 1), (8, 1), (2, 2), (4, 2), (4, 4))
+"""Tiles of keys that a split has at least, and how many blocks a multiprocessor is to have: what a
+table may choose from, the rule first."""
+
+PACKED_ROWS = (16, 32, 64)
+"""Queries of all heads of a group, rounded up: what classes of a table tell apart."""
 
 
 def refuses(problem: Any) -> str | None:
@@ -100,6 +108,17 @@ class Call(Keeper):
         self.q, self.k, self.v = (readable(self.device, x) for x in (p.q, p.k, p.v))
         self.structs = structs(self.sums)
         self.terms = ALL_TERMS if self.device.generic and terms_of(p) else terms_of(p)
+
+    def tiling(self, part: str, e: int, rule: Tiling | None, kind: object = "", *,
+               rows: int = 0) -> Tiling:
+        """Return what a table says for `part` and a `kind` of problem, or else the rule."""
+        assert rule is not None
+        d = rounded(self.d)
+        found = candidates(part, self.name, d, e, self.terms, self.device.shared_memory, rows,
+                           rule)
+        if len(found) == 1:
+            return rule
+        return tuning.chosen(self.device, f"{part} {KINDS[self.name]} {d} {kind}".strip(), found)
 
     def problem(self, rows: int, transposed: bool = False) -> np.ndarray:
         """Return the problem's struct; lines of the mask have `rows` tiles."""
@@ -166,11 +185,14 @@ def forward(problem: Any) -> tuple[Array, Array]:
 
     chunk = chunk_of_values(call.name, call.e)
     what = call.name, rounded(call.d), chunk, call.terms, device.shared_memory
-    tiling = forward_tiling(*what, packed=True)
-    packed = tiling is not None and is_packed(call, tiling.rows)
-    if not packed:
-        tiling = forward_tiling(*what)
-    assert tiling is not None
+    rule = forward_tiling(*what, packed=True)
+    packed = rule is not None and is_packed(call, rule.rows)
+    if packed:
+        rows = call.heads // call.groups * call.n
+        rows = next(most for most in PACKED_ROWS if rows <= most)
+        tiling = call.tiling("packed", chunk, rule, rows, rows=rows)
+    else:
+        tiling = call.tiling("forward", chunk, forward_tiling(*what), pattern(p.blocks))
     lines = call.groups if packed else call.heads * -(-call.n // tiling.rows)
     splits, tiles = divide(call, call.batch * lines)
     row = out.strides[2] // out.itemsize
@@ -208,7 +230,7 @@ def forward(problem: Any) -> tuple[Array, Array]:
 def backward(problem: Any, dout: Array, lse: Array, delta: Array) -> dict[str, Array]:
     """Return the gradients by argument; lse and delta (B, H, N) are those of the merged result."""
     lse, delta = (contiguous(as_sums(x, dtype_name(problem.q))) for x in (lse, delta))
-    if hopper.refuses(problem) is None:
+    if hopper.refuses(problem, "backward") is None:
         return hopper.backward(problem, dout, lse, delta)
     p, call = problem, Call(problem)
     device, acc = call.device, np.dtype(call.sums)
@@ -239,8 +261,8 @@ def launch_keys(call: Call, found: dict[str, Array], dout: Array, lse: Array,
     for name in ("k", "v"):
         put_result(call, arguments, f"d{name}", found[name], wide=name in call.p.summed)
     for dk, dv, dk_from, dv_from in launches_of_keys(call.name, call.d, call.e, call.terms):
-        tiling = backward_tiling(call.name, d, e, dk + dv, call.terms, device.shared_memory)
-        assert tiling is not None
+        tiling = call.tiling("keys", e, backward_tiling(call.name, d, e, dk + dv, call.terms,
+                                                        device.shared_memory))
         arguments["dk_from"], arguments["dv_from"] = dk_from, dv_from
         device.launch(kernel(call.name, "softmax_backward_keys", tiling, d, e, call.terms, DK=dk,
                              DV=dv),
@@ -253,8 +275,8 @@ def launch_queries(call: Call, found: dict[str, Array], dout: Array, lse: Array,
     """Compute the gradient of q; return that of the scale, (H,)."""
     device, d, e = call.device, rounded(call.d), rounded(call.e)
     chunk = column_chunk(call.name, call.d, call.terms, ROOM_OF_QUERIES)
-    tiling = backward_tiling(call.name, d, e, chunk, call.terms, device.shared_memory)
-    assert tiling is not None
+    tiling = call.tiling("queries", e, backward_tiling(call.name, d, e, chunk, call.terms,
+                                                       device.shared_memory))
     arguments = np.zeros((), struct(
         ("problem", call.structs["problem"]), ("dout", OPERAND), ("dq", OPERAND),
         *fields("u8", "wide_dq lse delta dscale"), *fields("i4", "dq_width dq_from")))
@@ -350,8 +372,10 @@ def is_packed(call: Call, rows: int) -> bool:
 def divide(call: Call, blocks: int) -> tuple[int, int]:
     """Return into how many splits the keys are divided, and how many tiles each has."""
     tiles = max(1, -(-call.m // TILE))
-    wanted = call.device.multiprocessors // max(1, blocks)
-    splits = max(1, min(wanted, tiles // SPLIT_TILES))
+    least, filled = tuning.chosen(call.device, f"split {KINDS[call.name]} {rounded(call.d)}",
+                                  SPLITS)
+    wanted = filled * call.device.multiprocessors // max(1, blocks)
+    splits = max(1, min(wanted, tiles // least))
     each = -(-tiles // splits)
     return -(-tiles // each), each
 

@@ -1,7 +1,8 @@
 """How softmax kernels divide their work: tilings by dtype, width and what a device has room for.
 
 What is chosen here is what the kernels are compiled for. Registers and shared memory bound it:
-`configurations` lists what it comes to, to be compiled and looked at.
+`configurations` lists what it comes to, to be compiled and looked at. Where a table was measured
+(tuning.py), that chooses among what the rules say and what `FURTHER` has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from .layout import ELEMENTS
 
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)
 """What widths are rounded up to."""
+
+KINDS = {"float16": "half", "bfloat16": "half", "float32": "float32", "float64": "float64"}
+"""Dtypes whose kernels are equally fast have one name in a table."""
 
 SOFTCAP, BIAS, OFFSETS, GATE, DROPOUT = 1, 2, 4, 8, 16
 ALL_TERMS = 31
@@ -42,6 +46,53 @@ def rounded(width: int) -> int:
     return next(known for known in WIDTHS if known >= width)
 
 
+FURTHER: dict[tuple[str, str, int], tuple[Tiling, ...]] = {
+    ("forward", "half", 64): (Tiling(1, 4, 64, 64, 3), Tiling(2, 4, 64, 32, 2),
+                              Tiling(2, 8, 64, 64, 1)),
+    ("forward", "half", 128): (Tiling(1, 4, 64, 32, 2), Tiling(1, 8, 64, 64, 1),
+                               Tiling(2, 4, 64, 16, 2)),
+    ("packed", "half", 64): (Tiling(1, 2, 64, 64, 4), Tiling(1, 1, 64, 64, 4)),
+    ("packed", "half", 128): (Tiling(1, 2, 64, 64, 3), Tiling(1, 1, 64, 64, 3)),
+    ("keys", "half", 64): (Tiling(1, 4, 64, 32, 2),),
+    ("queries", "half", 64): (Tiling(1, 4, 64, 32, 3),),
+    ("queries", "half", 128): (Tiling(1, 4, 64, 32, 2), Tiling(2, 2, 64, 16, 4)),
+    ("forward", "float32", 64): (Tiling(1, 4, 32, 32, 2), Tiling(1, 4, 32, 16, 2)),
+    ("forward", "float32", 128): (Tiling(1, 4, 32, 16, 2),),
+    ("keys", "float32", 64): (Tiling(1, 4, 32, 16, 2),),
+    ("queries", "float32", 64): (Tiling(1, 4, 32, 16, 2),),
+    ("forward", "float64", 64): (Tiling(1, 4, 16, 16, 2),),
+}
+"""Tilings beside those of the rules, by what they are for, kind of dtype and width: without score
+terms, and with values as wide as keys."""
+
+FILES = {"forward": "softmax_forward", "packed": "softmax_forward",
+         "keys": "softmax_backward_keys", "queries": "softmax_backward_queries"}
+
+
+@functools.lru_cache(maxsize=256)
+def candidates(part: str, name: str, d: int, e: int, terms: int, shared: int, rows: int,
+               rule: Tiling) -> list[Tiling]:
+    """Return the tilings that a table may choose from: the rule first.
+
+    All fit the shared memory, and have `rows` or more.
+    """
+    needed = forward_shared if FILES[part] == "softmax_forward" else backward_shared
+    further = FURTHER.get((part, KINDS[name], d), ()) if d == e and not terms else ()
+    return [rule, *(x for x in further
+                    if x != rule and x.rows >= rows and needed(name, x, d, e) <= shared)]
+
+
+def rule(part: str, name: str, width: int, shared: int) -> Tiling:
+    """Return what the rules say for a part of `FURTHER`."""
+    if FILES[part] == "softmax_forward":
+        found = forward_tiling(name, width, width, 0, shared, part == "packed")
+    else:
+        columns = 2 * width if part == "keys" else width
+        found = backward_tiling(name, width, width, columns, 0, shared)
+    assert found is not None
+    return found
+
+
 def chunk_of_values(name: str, e: int) -> int:
     """Return how many columns of v a launch does: sums of more do not fit the registers."""
     return min(rounded(e), 128 if name == "float64" else 256)
@@ -56,7 +107,8 @@ def forward_tiling(name: str, d: int, e: int, terms: int, shared: int,
         choices = [Tiling(1, 4, 32, 32 if wide <= 64 and not terms else 16, 1),
                    Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
     elif name == "float32":
-        choices = [Tiling(1, 4, 64, 32, 1), Tiling(1, 4, 32, 32, 1), Tiling(1, 2, 16, 16, 1)]
+        choices = [Tiling(1, 4, 64 if wide <= 64 else 32, 32, 1),
+                   Tiling(1, 4, 32, 32, 1), Tiling(1, 2, 16, 16, 1)]
     elif wide <= 64 and not terms and not packed:
         choices = [Tiling(2, 4, 64, 64, 2)]
     else:
@@ -121,8 +173,8 @@ def backward_tiling(name: str, d: int, e: int, columns: int, terms: int,
     if name == "float64":
         choices = [Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
     elif name == "float32":
-        choices = [Tiling(1, 4, 64, 16, 1), Tiling(1, 4, 32, 16, 1), Tiling(1, 4, 16, 16, 1),
-                   Tiling(1, 2, 16, 16, 1)]
+        choices = [Tiling(1, 4, 64 if columns <= 64 or terms else 32, 16, 1),
+                   Tiling(1, 4, 32, 16, 1), Tiling(1, 4, 16, 16, 1), Tiling(1, 2, 16, 16, 1)]
     else:
         step = 16 if columns > 192 or (terms and columns > 128) else 32 if (
             terms or columns > 128) else 64
@@ -175,7 +227,7 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | None]]:
     """Yield kernels to be compiled and read: (kernel, architectures, an instruction it must have).
 
     All dtypes, widths that a dtype's tilings differ for, no terms and all; of what lies between,
-    a few.
+    a few. And all that a table may choose.
     """
     for name, widths in (("bfloat16", (32, 64, 128, 256)), ("float16", (64, 128)),
                          ("float32", (64, 128)), ("float64", (64, 128))):
@@ -190,6 +242,14 @@ def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str | None]]:
             yield found, ("sm_90",), "HMMA"
     for found in kernels("bfloat16", 192, 128, 0, SHARED["sm_80"]):
         yield found, ("sm_80",), "HMMA"
+    for (part, kind, width), tilings in FURTHER.items():
+        name = "bfloat16" if kind == "half" else kind
+        sums: dict[str, dict[str, int]] = {
+            "forward": {"PACKED": 0}, "packed": {"PACKED": 1}, "keys": {"DK": width, "DV": width},
+            "queries": {"DQ": width}}
+        for tiling in (rule(part, name, width, SHARED["sm_90"]), *tilings):
+            yield (kernel(name, FILES[part], tiling, width, width, 0, **sums[part]), ("sm_90",),
+                   "DMMA" if name == "float64" else "HMMA")
     for name, file in itertools.product(ELEMENTS, ("softmax_delta", "softmax_join")):
         yield simple_kernel(name, file), ("sm_80",), None
 

@@ -48,6 +48,19 @@ class Walk(NamedTuple):
         return np.diff(before[self.start], axis=-1)
 
 
+_patterns: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def pattern(blocks: Any) -> str:
+    """Return what a BlockMask is like: how many of all tiles hold pairs."""
+    if blocks not in _patterns:
+        layouts, lines = blocks.rows.start.shape
+        tiles = layouts * (lines - 1) * (blocks.columns.start.shape[1] - 1)
+        share = float(blocks.rows.count.sum(dtype=np.int64)) / max(1, tiles)
+        _patterns[blocks] = "dense" if share > 0.75 else "causal" if share > 0.25 else "sparse"
+    return _patterns[blocks]
+
+
 _known: weakref.WeakKeyDictionary[Any, dict[tuple[int, int, bool], Walk]] = (
     weakref.WeakKeyDictionary())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +23,16 @@ def add(subparsers: Any) -> None:
                         help="only for this dtype (may be given again); default: all")
     parser.add_argument("--tune", action="store_true",
                         help="measure, too, how work is best cut on this CPU, and keep the figures")
+    parser.add_argument("--gpu", action="store_true",
+                        help="instead compile CUDA kernels for the current GPU, measure how their "
+                             "work is best divided there, and keep the choices")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile."""
+    if args.gpu:
+        return _tune_gpu()
     from .progress import progress
 
     began = time.perf_counter()
@@ -58,6 +64,36 @@ def _tune() -> None:
         set_num_threads(usual)
     print(found)
     print(f"kept in {tuning.save(found) or 'no file: the folder for it cannot be written to'}")
+
+
+def _tune_gpu() -> int:
+    """Measure the tuning table of the current GPU and keep it."""
+    from pyattn.kernels.cuda import device as devices
+    from pyattn.kernels.cuda import tuning
+
+    reason = devices.unavailable()
+    if reason is None:
+        import cupy
+
+        array = cupy.zeros(1)
+        reason = devices.missing(array)
+    if reason is not None:
+        print(f"warmup --gpu: {reason}", file=sys.stderr)
+        return 2
+    from .progress import progress
+    from .tune_gpu import FILL_QUESTIONS, measure, questions
+
+    device = devices.of(array)
+    total = sum(1 for _ in questions(device)) + FILL_QUESTIONS
+    with progress("measuring", total=total) as bar:
+        found = measure(cupy.asarray, lambda text: bar.advance(text=text))
+    written = tuning.text(device, found.choices, found.seconds)
+    print(written)
+    for line in found.wrong:
+        print(f"wrong: {line}")
+    path = tuning.save(device, written)
+    print(f"kept in {path or 'no file: the folder for it cannot be written to'}")
+    return 1 if found.wrong else 0
 
 
 def _terms() -> dict[str, Any]:
