@@ -17,9 +17,9 @@ DEVICE bool is_finite(Sum x) {
 }
 
 // Whether any number that this thread copied is not finite.
-template<int ROW_COUNT, int WIDTH> DEVICE bool any_bad(u32 tile) {
+template<int ROW_COUNT, int WIDTH, int COUNT = THREADS> DEVICE bool any_bad(u32 tile) {
     bool found = false;
-    own_chunks<ROW_COUNT, WIDTH>(tile, [&](int, int, u32 at) {
+    own_chunks<ROW_COUNT, WIDTH, COUNT>(tile, [&](int, int, u32 at) {
         const uint4 chunk = load_shared<uint4>(at);
         found |= (carried(chunk.y) | carried(chunk.w)) != 0;
         if (ELEMENT != F64)
@@ -30,8 +30,9 @@ template<int ROW_COUNT, int WIDTH> DEVICE bool any_bad(u32 tile) {
 
 // Sets to 0 what is not finite in rows `first` to `first` + `count` - 1, as far as this thread
 // copied them.
-template<int ROW_COUNT, int WIDTH> DEVICE void clean(u32 tile, int first, int count) {
-    own_chunks<ROW_COUNT, WIDTH>(tile, [&](int row, int, u32 at) {
+template<int ROW_COUNT, int WIDTH, int COUNT = THREADS>
+DEVICE void clean(u32 tile, int first, int count) {
+    own_chunks<ROW_COUNT, WIDTH, COUNT>(tile, [&](int row, int, u32 at) {
         if (row < first || row >= first + count)
             return;
         UNROLL

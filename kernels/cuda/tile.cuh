@@ -14,14 +14,17 @@ struct Operand {
 };
 
 // What a thread copies it may also scan or change without a barrier: always the same chunks of a
-// tile. `visit(row, column, place)` is called for each of them.
-template<int ROWS, int WIDTH, class Visit> DEVICE void own_chunks(u32 tile, Visit visit) {
+// tile. `visit(row, column, place)` is called for each of them. COUNT threads share a tile: all of
+// the block, or 32, where each warp has a tile of its own.
+template<int ROWS, int WIDTH, int COUNT = THREADS, class Visit>
+DEVICE void own_chunks(u32 tile, Visit visit) {
     enum { ACROSS = WIDTH / CHUNK, ALL = ROWS * ACROSS };
-    if (THREADS % ACROSS == 0 && THREADS / ACROSS % 8 == 0) {
+    const int thread = COUNT == THREADS ? threadIdx.x : threadIdx.x % COUNT;
+    if (COUNT % ACROSS == 0 && COUNT / ACROSS % 8 == 0) {
         // rows of a thread lie a multiple of 8 apart: one swizzle for all
-        enum { APART = THREADS / ACROSS };
-        const int row = threadIdx.x / ACROSS;
-        const int column = threadIdx.x % ACROSS * CHUNK;
+        enum { APART = COUNT / ACROSS };
+        const int row = thread / ACROSS;
+        const int column = thread % ACROSS * CHUNK;
         const u32 first = place<ROWS>(tile, row, column);
         _Pragma("unroll 4")
         for (int r = 0; r < ROWS; r += APART)
@@ -29,7 +32,7 @@ template<int ROWS, int WIDTH, class Visit> DEVICE void own_chunks(u32 tile, Visi
                 visit(row + r, column, first + r * 128);
     } else {
         _Pragma("unroll 1")
-        for (int i = threadIdx.x; i < ALL; i += THREADS) {
+        for (int i = thread; i < ALL; i += COUNT) {
             const int row = i / ACROSS;
             const int column = i % ACROSS * CHUNK;
             visit(row, column, place<ROWS>(tile, row, column));
@@ -38,8 +41,9 @@ template<int ROWS, int WIDTH, class Visit> DEVICE void own_chunks(u32 tile, Visi
 }
 
 // ROWS rows of an array, of `width` numbers each; `row_at(row)` is where one begins, or 0 for zeros.
-template<int ROWS, int WIDTH, class RowAt> DEVICE void load_tile(u32 tile, int width, RowAt row_at) {
-    own_chunks<ROWS, WIDTH>(tile, [&](int row, int column, u32 to) {
+template<int ROWS, int WIDTH, int COUNT = THREADS, class RowAt>
+DEVICE void load_tile(u32 tile, int width, RowAt row_at) {
+    own_chunks<ROWS, WIDTH, COUNT>(tile, [&](int row, int column, u32 to) {
         const Stored* from = row_at(row);
         const bool there = from != 0 && column < width;
         copy_async<16>(to, from + column, there);
@@ -47,9 +51,9 @@ template<int ROWS, int WIDTH, class RowAt> DEVICE void load_tile(u32 tile, int w
 }
 
 // Rows from `first` on of the tokens of a head, of which `tokens` are there.
-template<int ROWS, int WIDTH>
+template<int ROWS, int WIDTH, int COUNT = THREADS>
 DEVICE void load_tokens(u32 tile, const Stored* head, i64 stride, int first, int tokens, int width) {
-    load_tile<ROWS, WIDTH>(tile, width, [&](int row) {
+    load_tile<ROWS, WIDTH, COUNT>(tile, width, [&](int row) {
         return first + row < tokens ? head + (first + row) * stride : 0;
     });
 }

@@ -1,0 +1,227 @@
+// talking_heads_backward_weights.cu -- talking heads, backward: gradients of the matrices that mix.
+//
+//     dw_pre[h, s] = sum_pairs scale products_h dscores_s
+//     dw_post[s, v] = sum_pairs weights_s dmixed_v        db_post[v] = sum_pairs dmixed_v
+//
+// Sums over pairs are products of strips, heads by heads. A warp takes the pairs of its own threads,
+// so that it meets no other until the end. Each block writes sums of its own;
+// talking_heads_join.cu adds them.
+#define LONG_SUMS 1
+#include "talking_heads_backward.cuh"
+
+enum { COLUMN_TILES = (HEADS + 15) / 16, MOST_HEADS = 16 * ROW_TILES };
+
+struct WeightsArguments {
+    Problem problem;
+    Operand dout;
+    const Sum* lse;         // (batch, heads, n)
+    const Sum* delta;
+    Sum* parts;             // (blocks, numbers): dw_pre, dw_post^T, each (its heads, HEADS), db_post
+    int numbers;
+};
+
+typedef Sum Matrix[ROW_TILES][COLUMN_TILES][2][4];
+
+// Of strips of 16 heads the DEPTH pairs from `pair` on, as A. Which pair comes where does not
+// matter, as long as it is the same in all heads.
+DEVICE void load_heads(A& a, u32 strips, int first, int heads, int pair, Sum factor) {
+    Sum c[DEPTH / 8][4];
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        const int head = first + 8 * half + row_of_lane();
+        Pack x = {};
+        if (head < heads)
+            x = load_shared<Pack>(strips + head * STRIP
+                                  + (pair + PACK * pair_of_lane()) * sizeof(Sum));
+        UNROLL
+        for (int i = 0; i < PACK; i++)
+            c[i / 2][2 * half + i % 2] = x.x[i] * factor;
+    }
+    Weights<DEPTH / 8> held;
+    hold(held, c);
+    as_a(a, held, 0);
+}
+
+// The rows of A as columns of B.
+DEVICE void as_columns(B (&b)[2], const A& a) {
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+#if ELEMENT <= BF16
+        b[half].x[0] = a.x[half];
+        b[half].x[1] = a.x[2 + half];
+#elif ELEMENT == F32
+        UNROLL
+        for (int i = 0; i < 3; i++) {
+            b[half].x[i][0] = a.x[i][half];
+            b[half].x[i][1] = a.x[i][2 + half];
+        }
+#else
+        b[half].x[0] = a.x[0][half];
+        b[half].x[1] = a.x[1][half];
+#endif
+    }
+}
+
+// Adds to `sums` the products of strips of `rows` heads and of HEADS heads, over the pairs of the
+// warp; to `totals`, if they are wanted, the sums of the former alone.
+template<bool TOTALS>
+DEVICE void add_products(Matrix& sums, Sum (&totals)[ROW_TILES][4], u32 row_strips, int rows,
+                         Sum factor, u32 column_strips) {
+    B ones[2];
+    if (TOTALS) {
+        Weights<DEPTH / 8> held;
+        Sum c[DEPTH / 8][4];
+        UNROLL
+        for (int i = 0; i < DEPTH / 8; i++)
+            UNROLL
+            for (int x = 0; x < 4; x++)
+                c[i][x] = 1;
+        hold(held, c);
+        A a;
+        as_a(a, held, 0);
+        as_columns(ones, a);
+    }
+    _Pragma("unroll 1")
+    for (int step = 0; step < 32 * OWN; step += DEPTH) {
+        const int pair = warp_number() * 32 * OWN + step;
+        B columns[COLUMN_TILES][2];
+        UNROLL
+        for (int j = 0; j < COLUMN_TILES; j++) {
+            A a;
+            load_heads(a, column_strips, 16 * j, HEADS, pair, 1);
+            as_columns(columns[j], a);
+        }
+        UNROLL
+        for (int i = 0; i < ROW_TILES; i++) {
+            A a;
+            load_heads(a, row_strips, 16 * i, rows, pair, factor);
+            UNROLL
+            for (int j = 0; j < COLUMN_TILES; j++)
+                UNROLL
+                for (int half = 0; half < 2; half++)
+                    multiply(sums[i][j][half], a, columns[j][half]);
+            if (TOTALS)
+                multiply(totals[i], a, ones[0]);
+        }
+    }
+}
+
+// Clears the thread's pairs that are not seen.
+DEVICE void clear_hidden(u32 strips, int heads, u32 seen) {
+    for (int h = 0; h < heads; h++) {
+        Own x = load_own(strips + h * STRIP);
+        UNROLL
+        for (int o = 0; o < OWN; o++)
+            x.x[o] = seen >> o & 1 ? x.x[o] : Sum(0);
+        store_own(strips + h * STRIP, x);
+    }
+}
+
+// Adds a warp's sums to those of the warps before it, (rows, HEADS) in shared memory.
+DEVICE void add_matrix(u32 to, const Matrix& sums, int rows) {
+    UNROLL
+    for (int i = 0; i < ROW_TILES; i++)
+        UNROLL
+        for (int j = 0; j < COLUMN_TILES; j++)
+            UNROLL
+            for (int half = 0; half < 2; half++)
+                UNROLL
+                for (int x = 0; x < 4; x++) {
+                    const int row = 16 * i + x / 2 * 8 + row_of_lane();
+                    const int column = 16 * j + 8 * half + 2 * pair_of_lane() + x % 2;
+                    const u32 at = to + (row * HEADS + column) * sizeof(Sum);
+                    if (row < rows && column < HEADS)
+                        store_shared(at, load_shared<Sum>(at) + sums[i][j][half][x]);
+                }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+talking_heads_backward_weights(const __grid_constant__ WeightsArguments a) {
+    const Problem& p = a.problem;
+    const Place block = place_of_queries(p, 1);
+    Backward work;
+    work.begin(p, a.dout, block, false);
+    const u32 shifts = work.end;
+    const u32 deltas = shifts + HEADS * ROWS * sizeof(Sum);
+    const u32 mixed = deltas + HEADS * ROWS * sizeof(Sum);      // strips of the softmax's heads
+    load_rows<ROWS>(shifts, p, a.lse, block.batch, block.first, block.rows, INFINITE, shift_of);
+    load_rows<ROWS>(deltas, p, a.delta, block.batch, block.first, block.rows, 0,
+                    [](Sum x) { return x; });
+
+    Matrix dw_pre = {}, dw_post = {};
+    Sum db_post[ROW_TILES][4] = {};
+    Steps steps;
+    steps.begin(p, block);
+    if (steps.here())
+        begin(work.scores, steps.column(), work.ring.here());
+    commit_copies();
+    _Pragma("unroll 1")
+    while (steps.here()) {
+        const bool masked = steps.note(p, block, work.words);
+        const int column = steps.column();
+        steps.advance(p);
+        work.multiply(column, [&](u32 slot) {
+            if (steps.here())
+                begin(work.scores, steps.column(), slot);
+        });
+        __syncthreads();
+        Sum weights[HEADS][OWN], dscores[HEADS][OWN];
+        const u32 seen = own_bits(work.words);
+        if (masked) {
+            clear_hidden(work.scores.strips, p.heads_in, seen);
+            clear_hidden(work.pulls.strips, p.heads_out, seen);
+        }
+        work.weights_of(p, weights, dscores, seen, [&](int s, int) {
+            return load_shared<Sum>(shifts + (s * ROWS + own_row()) * sizeof(Sum));
+        });
+        differentiate(weights, dscores, seen, [&](int s, int) {
+            return load_shared<Sum>(deltas + (s * ROWS + own_row()) * sizeof(Sum));
+        });
+        const auto show = [&](const Sum (&x)[HEADS][OWN]) {
+            UNROLL
+            for (int s = 0; s < HEADS; s++) {
+                Own own;
+                UNROLL
+                for (int o = 0; o < OWN; o++)
+                    own.x[o] = x[s][o];
+                store_own(mixed + s * STRIP, own);
+            }
+        };
+        show(weights);
+        __syncwarp();
+        add_products<true>(dw_post, db_post, work.pulls.strips, p.heads_out, 1, mixed);
+        __syncwarp();
+        show(dscores);
+        __syncwarp();
+        add_products<false>(dw_pre, db_post, work.scores.strips, p.heads_in, p.scale, mixed);
+        __syncthreads();        // the next products overwrite what was just read
+    }
+    wait_copies<0>();
+
+    const u32 sums = work.scores.strips;
+    const int of_pre = p.heads_in * HEADS;
+    const int of_post = p.heads_out * HEADS;
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.numbers; i += THREADS)
+        store_shared(sums + i * sizeof(Sum), Sum(0));
+    for (int warp = 0; warp < WARPS; warp++) {
+        __syncthreads();
+        if (warp != warp_number())
+            continue;
+        add_matrix(sums, dw_pre, p.heads_in);
+        add_matrix(sums + of_pre * sizeof(Sum), dw_post, p.heads_out);
+        UNROLL
+        for (int i = 0; i < ROW_TILES; i++)
+            UNROLL
+            for (int half = 0; half < 2; half++) {
+                const int row = 16 * i + 8 * half + row_of_lane();
+                const u32 at = sums + (of_pre + of_post + row) * sizeof(Sum);
+                // all columns are alike
+                if (row < p.heads_out && pair_of_lane() == 0)
+                    store_shared(at, load_shared<Sum>(at) + db_post[i][2 * half]);
+            }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.numbers; i += THREADS)
+        a.parts[i64(blockIdx.x) * a.numbers + i] = load_shared<Sum>(sums + i * sizeof(Sum));
+}
