@@ -140,6 +140,36 @@ struct Steps {
 
 // ---- pairs
 
+// Where four numbers of the thread are in a slice of a strip, those of tile i from `at` on.
+DEVICE u32 place_in_strip(u32 strip, int slice, int i, int at) {
+    return strip + (((slice * TILES + i) * 32 + lane_number()) * 4 + at) * sizeof(Sum);
+}
+
+DEVICE void write_slice(u32 strip, int slice, const Sum (&c)[TILES][4]) {
+    UNROLL
+    for (int i = 0; i < TILES; i++)
+        UNROLL
+        for (int at = 0; at < 4; at += PACK) {
+            Pack own;
+            UNROLL
+            for (int x = 0; x < PACK; x++)
+                own.x[x] = c[i][at + x];
+            store_shared(place_in_strip(strip, slice, i, at), own);
+        }
+}
+
+DEVICE void read_slice(u32 strip, int slice, Sum (&c)[TILES][4]) {
+    UNROLL
+    for (int i = 0; i < TILES; i++)
+        UNROLL
+        for (int at = 0; at < 4; at += PACK) {
+            const Pack own = load_shared<Pack>(place_in_strip(strip, slice, i, at));
+            UNROLL
+            for (int x = 0; x < PACK; x++)
+                c[i][at + x] = own.x[x];
+        }
+}
+
 // The thread's row of the block, and the first of its OWN columns.
 DEVICE int own_row() {
     const int number = OWN * threadIdx.x;
@@ -164,6 +194,9 @@ DEVICE void store_own(u32 strip, const Own& x) {
     store_shared(strip + threadIdx.x * sizeof(Own), x);
 }
 
+// Heads that are mixed at once: more would take registers.
+enum { AT_ONCE = HEADS < 16 ? 2 : 1 };
+
 // mixed_s = sum_h strips_h weights[h, s], for the thread's pairs.
 DEVICE void mix(Sum (&mixed)[HEADS][OWN], u32 strips, int heads, u32 weights) {
     UNROLL
@@ -171,7 +204,7 @@ DEVICE void mix(Sum (&mixed)[HEADS][OWN], u32 strips, int heads, u32 weights) {
         UNROLL
         for (int o = 0; o < OWN; o++)
             mixed[s][o] = 0;
-    _Pragma("unroll 2")
+    _Pragma("unroll AT_ONCE")
     for (int h = 0; h < heads; h++) {
         const Own x = load_own(strips + h * STRIP);
         UNROLL
@@ -221,7 +254,7 @@ DEVICE void weigh(Sum (&scores)[HEADS][OWN], u32 seen, ShiftAt shift_at) {
 // Weights become mixed weights, in strips of the heads of the output.
 DEVICE void mix_weights(const Sum (&weights)[HEADS][OWN], u32 seen, u32 strips, int heads,
                         u32 w_post, const Sum* b_post) {
-    _Pragma("unroll 2")
+    _Pragma("unroll AT_ONCE")
     for (int h = 0; h < heads; h++) {
         Own mixed = mix_back(weights, h, w_post);
         const Sum bias = b_post ? b_post[h] : Sum(0);
@@ -260,7 +293,30 @@ DEVICE Sum shift_of(Sum lse) {
     return lse == -INFINITE ? INFINITE : lse * TO_BASE;
 }
 
-// ---- products of a warp
+// ---- what warps copy
+
+// Tokens from `first` on, of `tokens`, a row of one head each; none if `from` is 0.
+struct Tokens {
+    const Stored* from;
+    i64 stride;
+    int first, tokens;
+};
+
+// What a warp needs in a slot.
+struct Job {
+    Tokens step;
+    Tokens own;             // tokens of the block, if they are not resident
+    int width;              // columns that are there
+
+    __device__ __forceinline__ void begin(u32 slot) const {
+        if (!step.from)
+            return;
+        load_tokens<STEP, WIDE, 32>(slot, step.from, step.stride, step.first, step.tokens, width);
+        if (own.from)
+            load_tokens<ROWS, WIDE, 32>(slot + STEP_SIZE, own.from, own.stride, own.first,
+                                        own.tokens, width);
+    }
+};
 
 // Two slots of a warp: what comes next arrives in the other one.
 struct Ring {
@@ -275,6 +331,8 @@ struct Ring {
         return slots + (slot ^ 1) * size;
     }
 };
+
+// ---- products of a warp
 
 // strips_h = x y^T: tokens of the block times those of a step, for all heads; heads of either side
 // may share an array's. A warp does heads warp_number(), + WARPS, ..., each in parts of WIDE
@@ -338,14 +396,16 @@ struct Products {
         return found;
     }
 
-    __device__ __forceinline__ void load(int job, int column, u32 slot) const {
-        const int head = head_of(job);
-        const int part = job % parts_of(width) * WIDE;
-        load_tokens<STEP, WIDE, 32>(slot, y + head / y_share * y_h + part, y_n, column, columns,
-                                    width - part);
+    // What a job with the step that begins at `column` multiplies.
+    __device__ __forceinline__ Job job(int number, int column) const {
+        if (number >= jobs())
+            return {};
+        const int head = head_of(number);
+        const int part = number % parts_of(width) * WIDE;
+        Job found = {{y + head / y_share * y_h + part, y_n, column, columns}, {}, width - part};
         if (!tiles)
-            load_tokens<ROWS, WIDE, 32>(slot + STEP_SIZE, x + head / x_share * x_h + part, x_n,
-                                        first, rows, width - part);
+            found.own = {x + head / x_share * x_h + part, x_n, first, rows};
+        return found;
     }
 
     __device__ __forceinline__ u32 tile_of(int job, u32 slot) const {
@@ -379,65 +439,42 @@ DEVICE Ring ring_at(const Problem& p, u32& at) {
     return {slots, size, 0};
 }
 
-// Copies a phase's first job; does nothing if it has none.
-DEVICE void begin(const Products& x, int column, u32 slot) {
-    if (x.jobs() > 0)
-        x.load(0, column, slot);
-}
-
-// Does all products of the warp with the step that begins at `column`. The first job is on its way to the slot at hand; `next(slot)`
-// begins to copy what the warp is to do afterwards.
+// Does all products of the warp with the step that begins at `column`. The first job is on its way
+// to the slot at hand; `next()` is what the warp is to do afterwards.
 template<class Next>
 DEVICE void multiply_all(const Products& x, int column, Ring& ring, Next next) {
     const int jobs = x.jobs();
     const int parts = parts_of(x.width);
-    if (jobs <= 0) {
-        wait_copies<0>();       // of what came along with a first job that there was not
-        next(ring.here());
-        commit_copies();
-        return;
-    }
     Sum c[SLICES][TILES][4];
+    // once at least: what comes afterwards must be on its way
     _Pragma("unroll 1")
-    for (int job = 0; job < jobs; job++) {
-        if (job + 1 < jobs)
-            x.load(job + 1, column, ring.other());
-        else
-            next(ring.other());
+    for (int number = 0; number < max(jobs, 1); number++) {
+        const Job later = number + 1 < jobs ? x.job(number + 1, column) : next();
+        later.begin(ring.other());
         commit_copies();
         wait_copies<1>();
-        const u32 rows = x.tile_of(job, ring.here());
-        bool bad = false;
-        if (ELEMENT == F32) {
-            bad = x.x_bad | any_bad<STEP, WIDE, 32>(ring.here());
-            if (!x.tiles)
-                bad |= any_bad<ROWS, WIDE, 32>(rows);
-            bad = __any_sync(~0u, bad);
-        }
-        __syncwarp();
-        if (job % parts == 0)
-            clear(c);
-        if (ELEMENT == F32 && bad)
-            multiply_numbers<ROWS, STEP, WIDE>(c, rows, 0, ring.here(), 0);
-        else
-            multiply_transposed<ROWS, STEP, WIDE>(c, rows, 0, ring.here(), 0);
-        if (job % parts == parts - 1) {
-            const u32 strip = x.strips + x.head_of(job) * STRIP;
-            UNROLL
-            for (int s = 0; s < SLICES; s++)
+        if (jobs > 0) {
+            const u32 rows = x.tile_of(number, ring.here());
+            bool bad = false;
+            if (ELEMENT == F32) {
+                bad = x.x_bad | any_bad<STEP, WIDE, 32>(ring.here());
+                if (!x.tiles)
+                    bad |= any_bad<ROWS, WIDE, 32>(rows);
+                bad = __any_sync(~0u, bad);
+            }
+            __syncwarp();
+            if (number % parts == 0)
+                clear(c);
+            if (ELEMENT == F32 && bad)
+                multiply_numbers<ROWS, STEP, WIDE>(c, rows, 0, ring.here(), 0);
+            else
+                multiply_transposed<ROWS, STEP, WIDE>(c, rows, 0, ring.here(), 0);
+            if (number % parts == parts - 1)
                 UNROLL
-                for (int i = 0; i < TILES; i++)
-                    UNROLL
-                    for (int at = 0; at < 4; at += PACK) {
-                        Pack own;
-                        UNROLL
-                        for (int e = 0; e < PACK; e++)
-                            own.x[e] = c[s][i][at + e];
-                        store_shared(strip + (((s * TILES + i) * 32 + lane_number()) * 4 + at)
-                                     * sizeof(Sum), own);
-                    }
+                for (int s = 0; s < SLICES; s++)
+                    write_slice(x.strips + x.head_of(number) * STRIP, s, c[s]);
+            __syncwarp();       // the next copy but one overwrites what was just read
         }
-        __syncwarp();           // the next but one overwrites what was just read
         ring.slot ^= 1;
     }
 }
@@ -452,22 +489,36 @@ struct Unit {
     u32 strips;             // of the first head
     int heads;              // 0: there is no such unit
 
-    __device__ __forceinline__ void load(int head, int column, u32 slot) const {
-        load_tokens<STEP, WIDE, 32>(slot, from + head * h, n, column, tokens, width);
+    __device__ __forceinline__ Job job(int head, int column) const {
+        if (head >= heads)
+            return {};
+        return {{from + head * h, n, column, tokens}, {}, width};
     }
 };
 
 typedef Sum Sums[SLICES][WIDE / 8][4];
 
+// Adds a strip times the tokens of a tile. `bad`: these hold what is not finite; see nonfinite.cuh.
+DEVICE void add_unit(Sums& sums, u32 strip, u32 tile, u32 words, bool bad) {
+    if (bad) {
+        add_bad<STEP, WIDE>(sums, tile, 0, STEP, words, true);
+        __syncwarp();
+        clean<STEP, WIDE, 32>(tile, 0, STEP);
+        __syncwarp();
+    }
+    Weights<TILES> weights[SLICES];
+    UNROLL
+    for (int s = 0; s < SLICES; s++) {
+        Sum c[TILES][4];
+        read_slice(strip, s, c);
+        hold(weights[s], c);
+    }
+    multiply_weights<STEP, WIDE>(sums, weights, tile, 0);
+}
+
 // The number of the warp's unit u, if blocks numbered by `chunk` share the units.
 DEVICE int unit_number(int chunk, int u) {
     return (chunk * UNITS + u) * WARPS + warp_number();
-}
-
-template<class UnitOf> DEVICE void begin(UnitOf unit_of, int column, u32 slot) {
-    const Unit unit = unit_of(0);
-    if (unit.heads > 0)
-        unit.load(0, column, slot);
 }
 
 // Adds to the sums of the warp's units strips times tokens from `column` on; as in multiply_all.
@@ -475,61 +526,41 @@ template<class UnitOf, class Next>
 DEVICE void add_all(Sums (&sums)[UNITS], Ring& ring, UnitOf unit_of, int column, u32 words,
                     bool masked, Next next) {
     Unit unit = unit_of(0);
-    if (unit.heads == 0) {
-        next(ring.here());
+    int u = 0;
+    int head = 0;
+    bool more = true;
+    _Pragma("unroll 1")
+    while (more) {
+        Unit following = unit;
+        int then = head + 1;
+        if (then >= unit.heads) {
+            then = 0;
+            following = unit_of(u + 1);
+            if (u + 1 == UNITS)
+                following.heads = 0;
+        }
+        more = following.heads > 0;
+        const Job later = more ? following.job(then, column) : next();
+        later.begin(ring.other());
         commit_copies();
-        return;
-    }
-    UNROLL
-    for (int u = 0; u < UNITS; u++) {
-        Unit later = unit;
-        later.heads = 0;
-        if (u + 1 < UNITS)
-            later = unit_of(u + 1);
-        _Pragma("unroll 1")
-        for (int head = 0; head < unit.heads; head++) {
-            if (head + 1 < unit.heads)
-                unit.load(head + 1, column, ring.other());
-            else if (later.heads > 0)
-                later.load(0, column, ring.other());
-            else
-                next(ring.other());
-            commit_copies();
-            wait_copies<1>();
+        wait_copies<1>();
+        if (unit.heads > 0) {
             const u32 tile = ring.here();
+            const u32 strip = unit.strips + head * STRIP;
             bool bad = false;
             if (masked || ELEMENT == F32)
                 bad = __any_sync(~0u, any_bad<STEP, WIDE, 32>(tile));
             __syncwarp();
-            if (bad) {
-                // see nonfinite.cuh
-                add_bad<STEP, WIDE>(sums[u], tile, 0, STEP, words, true);
-                __syncwarp();
-                clean<STEP, WIDE, 32>(tile, 0, STEP);
-                __syncwarp();
-            }
-            const u32 strip = unit.strips + head * STRIP;
-            Weights<TILES> weights[SLICES];
             UNROLL
-            for (int s = 0; s < SLICES; s++) {
-                Sum c[TILES][4];
-                UNROLL
-                for (int i = 0; i < TILES; i++)
-                    UNROLL
-                    for (int at = 0; at < 4; at += PACK) {
-                        const Pack own = load_shared<Pack>(
-                            strip + (((s * TILES + i) * 32 + lane_number()) * 4 + at) * sizeof(Sum));
-                        UNROLL
-                        for (int e = 0; e < PACK; e++)
-                            c[i][at + e] = own.x[e];
-                    }
-                hold(weights[s], c);
-            }
-            multiply_weights<STEP, WIDE>(sums[u], weights, tile, 0);
-            __syncwarp();       // the next but one overwrites what was just read
-            ring.slot ^= 1;
+            for (int own = 0; own < UNITS; own++)
+                if (own == u)
+                    add_unit(sums[own], strip, tile, words, bad);
+            __syncwarp();       // the next copy but one overwrites what was just read
         }
-        unit = later;
+        u += then == 0;
+        head = then;
+        unit = following;
+        ring.slot ^= 1;
     }
 }
 

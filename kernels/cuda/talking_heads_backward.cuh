@@ -38,7 +38,7 @@ struct Backward {
 
     // Both products, with the step that begins at `column`; as multiply_all.
     template<class Next> __device__ __forceinline__ void multiply(int column, Next next) {
-        multiply_all(scores, column, ring, [&](u32 slot) { ::begin(pulls, column, slot); });
+        multiply_all(scores, column, ring, [&] { return pulls.job(0, column); });
         multiply_all(pulls, column, ring, next);
     }
 
@@ -70,7 +70,7 @@ DEVICE void differentiate(const Sum (&weights)[HEADS][OWN], Sum (&dweights)[HEAD
 
 // Gradients of mixed scores become those of products, but for a factor of TO_BASE.
 DEVICE void mix_gradients(const Sum (&dscores)[HEADS][OWN], u32 strips, int heads, u32 w_pre) {
-    _Pragma("unroll 2")
+    _Pragma("unroll AT_ONCE")
     for (int h = 0; h < heads; h++)
         store_own(strips + h * STRIP, mix_back(dscores, h, w_pre));
 }

@@ -63,10 +63,13 @@ talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
     Steps steps;
     steps.begin(p, block);
     int odd = 0;
-    const auto begin_step = [&](u32 slot) {
+    const auto first_job = [&] {
+        return steps.here() ? work.scores.job(0, steps.column()) : Job{};
+    };
+    // copies log-sum-exps and deltas of the step's queries
+    const auto begin_rows = [&] {
         if (!steps.here())
             return;
-        begin(work.scores, steps.column(), slot);
         for (int i = threadIdx.x; i < HEADS * STEP; i += THREADS) {
             const int query = steps.column() + i % STEP;
             const bool there = i / STEP < p.heads && query < block.columns;
@@ -76,7 +79,8 @@ talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
             copy_async<sizeof(Sum)>(delta_rows + to, a.delta + from, there);
         }
     };
-    begin_step(work.ring.here());
+    begin_rows();
+    first_job().begin(work.ring.here());
     commit_copies();
     _Pragma("unroll 1")
     while (steps.here()) {
@@ -85,7 +89,8 @@ talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
         const u32 own = odd * OF_STEP + own_column() * sizeof(Sum);
         steps.advance(p);
         odd ^= 1;
-        work.multiply(column, [&](u32 slot) { begin(unit_of, column, slot); });
+        begin_rows();
+        work.multiply(column, [&] { return unit_of(0).job(0, column); });
         __syncthreads();
         {
             Sum weights[HEADS][OWN], dscores[HEADS][OWN];
@@ -105,7 +110,7 @@ talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
         }
         __syncthreads();
         // forward: products = q k^T, out_v = mixed_v v
-        add_all(sums, work.ring, unit_of, column, work.words, masked, begin_step);
+        add_all(sums, work.ring, unit_of, column, work.words, masked, first_job);
         __syncthreads();        // the next products overwrite what was just read
     }
     wait_copies<0>();

@@ -37,15 +37,17 @@ talking_heads_backward_queries(const __grid_constant__ QueriesArguments a) {
 
     Steps steps;
     steps.begin(p, block);
-    if (steps.here())
-        begin(work.scores, steps.column(), work.ring.here());
+    const auto first_job = [&] {
+        return steps.here() ? work.scores.job(0, steps.column()) : Job{};
+    };
+    first_job().begin(work.ring.here());
     commit_copies();
     _Pragma("unroll 1")
     while (steps.here()) {
         const bool masked = steps.note(p, block, work.words);
         const int column = steps.column();
         steps.advance(p);
-        work.multiply(column, [&](u32 slot) { begin(unit_of, column, slot); });
+        work.multiply(column, [&] { return unit_of(0).job(0, column); });
         __syncthreads();
         {
             Sum weights[HEADS][OWN], dscores[HEADS][OWN];
@@ -60,10 +62,7 @@ talking_heads_backward_queries(const __grid_constant__ QueriesArguments a) {
         }
         __syncthreads();
         // forward: products = q k^T
-        add_all(dq, work.ring, unit_of, column, work.words, masked, [&](u32 slot) {
-            if (steps.here())
-                begin(work.scores, steps.column(), slot);
-        });
+        add_all(dq, work.ring, unit_of, column, work.words, masked, first_job);
         __syncthreads();        // the next products overwrite what was just read
     }
     wait_copies<0>();

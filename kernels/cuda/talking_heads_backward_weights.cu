@@ -152,18 +152,17 @@ talking_heads_backward_weights(const __grid_constant__ WeightsArguments a) {
     Sum db_post[ROW_TILES][4] = {};
     Steps steps;
     steps.begin(p, block);
-    if (steps.here())
-        begin(work.scores, steps.column(), work.ring.here());
+    const auto first_job = [&] {
+        return steps.here() ? work.scores.job(0, steps.column()) : Job{};
+    };
+    first_job().begin(work.ring.here());
     commit_copies();
     _Pragma("unroll 1")
     while (steps.here()) {
         const bool masked = steps.note(p, block, work.words);
         const int column = steps.column();
         steps.advance(p);
-        work.multiply(column, [&](u32 slot) {
-            if (steps.here())
-                begin(work.scores, steps.column(), slot);
-        });
+        work.multiply(column, first_job);
         __syncthreads();
         Sum weights[HEADS][OWN], dscores[HEADS][OWN];
         const u32 seen = own_bits(work.words);

@@ -41,15 +41,17 @@ talking_heads_forward(const __grid_constant__ ForwardArguments a) {
 
     Steps steps;
     steps.begin(p, block);
-    if (steps.here())
-        begin(scores, steps.column(), ring.here());
+    const auto first_job = [&] {
+        return steps.here() ? scores.job(0, steps.column()) : Job{};
+    };
+    first_job().begin(ring.here());
     commit_copies();
     _Pragma("unroll 1")
     while (steps.here()) {
         const bool masked = steps.note(p, block, words);
         const int column = steps.column();
         steps.advance(p);
-        multiply_all(scores, column, ring, [&](u32 slot) { begin(unit_of, column, slot); });
+        multiply_all(scores, column, ring, [&] { return unit_of(0).job(0, column); });
         __syncthreads();
         {
             Sum weights[HEADS][OWN];
@@ -61,10 +63,7 @@ talking_heads_forward(const __grid_constant__ ForwardArguments a) {
             mix_weights(weights, seen, strips, p.heads_out, w_post, p.b_post);
         }
         __syncthreads();
-        add_all(sums, ring, unit_of, column, words, masked, [&](u32 slot) {
-            if (steps.here())
-                begin(scores, steps.column(), slot);
-        });
+        add_all(sums, ring, unit_of, column, words, masked, first_job);
         __syncthreads();        // the next products overwrite what was just read
     }
     wait_copies<0>();

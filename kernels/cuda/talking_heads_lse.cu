@@ -50,18 +50,17 @@ talking_heads_lse(const __grid_constant__ LseArguments a) {
         own[s] = {-INFINITE, 0};
     Steps steps;
     steps.begin(p, block);
-    if (steps.here())
-        begin(scores, steps.column(), ring.here());
+    const auto first_job = [&] {
+        return steps.here() ? scores.job(0, steps.column()) : Job{};
+    };
+    first_job().begin(ring.here());
     commit_copies();
     _Pragma("unroll 1")
     while (steps.here()) {
         steps.note(p, block, words);
         const int column = steps.column();
         steps.advance(p);
-        multiply_all(scores, column, ring, [&](u32 slot) {
-            if (steps.here())
-                begin(scores, steps.column(), slot);
-        });
+        multiply_all(scores, column, ring, first_job);
         __syncthreads();
         Sum mixed[HEADS][OWN];
         mix(mixed, strips, p.heads_in, w_pre);
