@@ -239,15 +239,16 @@ DEVICE Own mix_back(const Sum (&x)[HEADS][OWN], int h, u32 weights) {
     return found;
 }
 
-// Scores become weights, 0 where not `seen`. `shift_at(s, o)` is what is subtracted.
+// Scores become weights, 0 where not `seen` and in heads that are not there: these have scores of 0,
+// but NaN where a product is not finite. `shift_at(s, o)` is what is subtracted.
 template<class ShiftAt>
-DEVICE void weigh(Sum (&scores)[HEADS][OWN], u32 seen, ShiftAt shift_at) {
+DEVICE void weigh(Sum (&scores)[HEADS][OWN], int heads, u32 seen, ShiftAt shift_at) {
     UNROLL
     for (int s = 0; s < HEADS; s++)
         UNROLL
         for (int o = 0; o < OWN; o++) {
             const Sum weight = power(scores[s][o] - shift_at(s, o));
-            scores[s][o] = seen >> o & 1 ? weight : Sum(0);
+            scores[s][o] = s < heads && (seen >> o & 1) ? weight : Sum(0);
         }
 }
 

@@ -10,8 +10,6 @@ atomically; what a call needs beside its operands are numbers for each query and
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -52,7 +50,14 @@ MOST_HEADS_OF_SOFTMAX = {"float64": 16}
 """Where the registers of a thread do not take `MOST_HEADS`."""
 
 REGISTERS = 128
-"""What sums may take of a thread's registers, less what the mixes need beside them."""
+"""What sums may take of a thread's registers."""
+
+MOST_HEADS_OF_TWO_PAIRS = {"lse": 32, "forward": 24, "delta": 24, "backward_queries": 16,
+                           "backward_keys": 8, "backward_weights": 16}
+"""Heads of the softmax up to which a thread's registers take two pairs at a time, beside all sums.
+
+These are the kernels that walk the tiles, as their files are called but for "talking_heads_".
+"""
 
 JOIN_THREADS = 256
 
@@ -71,6 +76,11 @@ class Tiling(NamedTuple):
         """Tokens that a block owns."""
         return 16 * self.slices
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of a thread."""
+        return self.rows * STEP // (32 * self.warps)
+
 
 class Sizes(NamedTuple):
     """What shared memory and registers depend on."""
@@ -83,11 +93,14 @@ class Sizes(NamedTuple):
     v_groups: int
     d: int
     e: int
+    generic: bool = False
+    """Whether few kernels are to be built."""
 
     @property
     def padded(self) -> int:
         """Heads of the softmax that kernels are built for."""
-        return next(x for x in (4, 8, 12, 16, 24, 32) if x >= self.heads)
+        known = (8, 16, 32) if self.generic else (4, 8, 12, 16, 24, 32)
+        return next(x for x in known if x >= self.heads)
 
     @property
     def sum_bytes(self) -> int:
@@ -99,16 +112,12 @@ class Sizes(NamedTuple):
         return -(-width * item_bytes(self.name) // PANEL_BYTES)
 
 
-KINDS = ("lse", "forward", "delta", "backward_queries", "backward_keys", "backward_weights")
-"""The kernels that walk the tiles, as their files are called but for "talking_heads_"."""
-
-
 def shared_bytes(kind: str, x: Tiling, s: Sizes) -> int:
     """Return the bytes of shared memory that a kernel needs, as its source lays them out."""
     both = kind not in ("lse", "forward")
     strip = x.rows * STEP * s.sum_bytes + 64
     strips = {"lse": s.heads_in, "forward": max(s.heads_in, s.heads_out),
-              "backward_weights": s.heads_in + s.heads_out + s.padded}.get(
+              "backward_weights": s.heads_in + s.heads_out + min(16, s.padded)}.get(
                   kind, s.heads_in + s.heads_out)
     mixes = s.heads_in + (s.heads_out if kind != "lse" else 0)
     row = s.padded * x.rows * s.sum_bytes
@@ -129,21 +138,20 @@ def shared_bytes(kind: str, x: Tiling, s: Sizes) -> int:
 
 @functools.lru_cache(maxsize=256)
 def tiling(kind: str, s: Sizes, shared: int, few: bool) -> Tiling | None:
-    """Return how a kernel divides its work; `few`: blocks of more rows would not fill the device.
+    """Return how a kernel divides its work; `few`: blocks of 32 rows would not fill the device.
 
-    Tokens that stay in shared memory are worth more than blocks of many rows; a multiprocessor
-    should have two blocks if they are of four warps.
+    Tokens that stay in shared memory are worth more than blocks of many rows. Few warps are for
+    devices with little shared memory.
     """
-    warps = 8 if s.name == "float64" else 4
-    large, small = [], []
-    for resident in (True, False):
-        # more than one slice of float64 would take more registers than threads have
-        if s.name != "float64" and not few:
-            large.append((Tiling(2, 8, resident), shared))
-        small.append((Tiling(1, warps, resident), shared if warps == 8 else shared // 2 - 1024))
-    order = [x for pair in itertools.zip_longest(large, small) for x in pair if x is not None]
-    order.append((Tiling(1, warps, False), shared))
-    return next((x for x, room in order if shared_bytes(kind, x, s) <= room), None)
+    most = MOST_HEADS_OF_TWO_PAIRS[kind]
+    large = not few and s.name != "float64" and s.padded <= most
+    if kind == "backward_keys" and s.name == "float32":
+        large = False
+    choices = [Tiling(slices, 8, resident) for resident in (True, False)
+               for slices in ((2, 1) if large else (1,))]
+    if s.name != "float64" and s.padded <= 16:
+        choices.append(Tiling(1, 4, False))
+    return next((x for x in choices if shared_bytes(kind, x, s) <= shared), None)
 
 
 def units(kind: str, s: Sizes) -> int:
@@ -154,23 +162,27 @@ def units(kind: str, s: Sizes) -> int:
 
 def units_of_warp(kind: str, x: Tiling, s: Sizes) -> int:
     """Return how many parts a warp sums: as many as there are, or as registers have room for."""
+    if s.generic:
+        return 2
     needed = -(-units(kind, s) // x.warps)
-    each = x.slices * {"float64": 16, "float32": 16}.get(s.name, 32)
+    each = x.slices * (32 if item_bytes(s.name) == 2 else 16)
     room = REGISTERS
-    if kind != "forward" and s.padded > 16:
+    if kind != "forward" and (s.padded > 16 or (s.name == "float32" and x.slices == 2)):
+        room //= 2
+    elif x.pairs == 2 and s.padded > MOST_HEADS_OF_TWO_PAIRS[kind]:
         room //= 2
     return next(count for count in (4, 2, 1) if count == 1 or (
         count * each <= room and count < 2 * needed))
 
 
-def kernel(kind: str, x: Tiling, s: Sizes, unit_count: int) -> Kernel:
+def kernel(kind: str, x: Tiling, s: Sizes) -> Kernel:
     """Return the kernel of a kind."""
-    threads = 32 * x.warps
     macros = {"ELEMENT": ELEMENTS[s.name], "HEADS": s.padded, "SLICES": x.slices,
-              "THREADS": threads, "UNITS": max(1, unit_count), "BLOCKS": 1}
+              "THREADS": 32 * x.warps, "UNITS": units_of_warp(kind, x, s)}
     if kind == "backward_weights":
         macros["ROW_TILES"] = -(-max(s.heads_in, s.heads_out) // 16)
-    return Kernel(f"talking_heads_{kind}.cu", f"talking_heads_{kind}", tuple(macros.items()), threads)
+    name = f"talking_heads_{kind}"
+    return Kernel(f"{name}.cu", name, tuple(macros.items()), 32 * x.warps)
 
 
 def join_kernel(name: str) -> Kernel:
@@ -179,10 +191,10 @@ def join_kernel(name: str) -> Kernel:
                   (("DOUBLE", int(name == "float64")), ("THREADS", JOIN_THREADS)), JOIN_THREADS)
 
 
-def sizes(p: Any) -> Sizes:
+def sizes(p: Any, generic: bool) -> Sizes:
     """Return the sizes of a problem."""
     return Sizes(dtype_name(p.q), *p.w_pre.shape, p.w_post.shape[1], p.k.shape[1], p.v.shape[1],
-                 p.q.shape[3], p.v.shape[3])
+                 p.q.shape[3], p.v.shape[3], generic)
 
 
 def refuses(problem: Any) -> str | None:
@@ -193,14 +205,15 @@ def refuses(problem: Any) -> str | None:
         return reason
     if 0 in p.q.shape[:3]:
         return None
-    device, s = devices.of(p.q), sizes(p)
+    device = devices.of(p.q)
+    s = sizes(p, device.generic)
     most = MOST_HEADS_OF_SOFTMAX.get(s.name, MOST_HEADS)
     if s.heads > most:
         return f"heads of the softmax of {s.name} must be at most {most}; there are {s.heads}"
     if max(s.heads_in, s.heads_out) > MOST_HEADS:
         return (f"heads must be at most {MOST_HEADS}; q has {s.heads_in}, the output "
                 f"{s.heads_out}")
-    if any(tiling(kind, s, device.shared_memory, True) is None for kind in KINDS):
+    if any(tiling(kind, s, device.shared_memory, True) is None for kind in MOST_HEADS_OF_TWO_PAIRS):
         return (f"{s.heads_in}, {s.heads} and {s.heads_out} heads of {s.name} do not fit the "
                 f"{device.shared_memory} bytes of shared memory that {device.name} has")
     return None
@@ -211,7 +224,8 @@ def problem_struct(sums: str) -> np.dtype:
     """Return the struct Problem of talking_heads.cuh."""
     return struct(("q", OPERAND), ("k", OPERAND), ("v", OPERAND), ("lists", LISTS),
                   *fields("u8", "w_pre w_post b_post q_lengths kv_lengths"), ("scale", sums),
-                  *fields("i4", "batch heads_in heads heads_out k_groups v_groups n m d e resident"))
+                  *fields("i4", "batch heads_in heads heads_out k_groups v_groups n m d e"),
+                  *fields("i4", "resident"))
 
 
 class Call(Keeper):
@@ -219,7 +233,7 @@ class Call(Keeper):
 
     def __init__(self, p: Any) -> None:
         super().__init__(devices.of(p.q))
-        self.p, self.sizes = p, sizes(p)
+        self.p, self.sizes = p, sizes(p, self.device.generic)
         self.sums = sum_type(self.sizes.name)
         self.batch, _, self.n, _ = p.q.shape
         self.m = p.k.shape[2]
@@ -260,8 +274,7 @@ class Call(Keeper):
         """
         device, s, of_keys = self.device, self.sizes, kind == "backward_keys"
         x = self.tiling(kind)
-        count = units_of_warp(kind, x, s)
-        chunks = -(-units(kind, s) // (x.warps * count))
+        chunks = -(-units(kind, s) // (x.warps * units_of_warp(kind, x, s)))
         number = parts or chunks
         arguments = np.zeros((), struct(
             ("problem", problem_struct(self.sums)), *((name, OPERAND) for name in operands),
@@ -276,7 +289,7 @@ class Call(Keeper):
         if number:
             arguments["number"] = number
         blocks = self.batch * -(-(self.m if of_keys else self.n) // x.rows) * max(1, chunks)
-        device.launch(kernel(kind, x, s, count), blocks, arguments, shared_bytes(kind, x, s))
+        device.launch(kernel(kind, x, s), blocks, arguments, shared_bytes(kind, x, s))
 
     def tiling(self, kind: str) -> Tiling:
         """Return how a kernel divides its work."""
@@ -327,8 +340,10 @@ def gradients_of_matrices(call: Call, at: dict[str, int], dout: Array) -> dict[s
     numbers = of_pre + of_post + s.heads_out
     blocks = call.batch * -(-call.n // call.tiling("backward_weights").rows)
     parts, sums = device.empty((blocks, numbers), acc), device.empty((numbers,), acc)
-    call.launch("backward_weights", at | {"parts": device.address(parts)}, {"dout": dout}, numbers)
-    arguments = np.zeros((), struct(*fields("u8", "parts results"), *fields("i4", "blocks numbers")))
+    at = at | {"parts": device.address(parts)}
+    call.launch("backward_weights", at, {"dout": dout}, numbers)
+    arguments = np.zeros((), struct(*fields("u8", "parts results"),
+                                    *fields("i4", "blocks numbers")))
     arguments["parts"], arguments["results"] = device.address(parts), device.address(sums)
     arguments["blocks"], arguments["numbers"] = blocks, numbers
     device.launch(join_kernel(s.name), -(-numbers // 32), arguments, 8 * JOIN_THREADS)
@@ -341,21 +356,26 @@ def gradients_of_matrices(call: Call, at: dict[str, int], dout: Array) -> dict[s
 def configurations() -> Iterator[tuple[Kernel, tuple[str, ...], str]]:
     """Yield kernels to be compiled and read: (kernel, architectures, an instruction it must have).
 
-    Few heads and many, of every dtype, on devices with much shared memory and with little.
+    Each with as many heads of the softmax as its tilings take, and what has most sums.
     """
-    for name, heads, width, few, architecture in (
-            ("bfloat16", 8, 64, False, "sm_90"), ("bfloat16", 12, 64, False, "sm_90"),
-            ("bfloat16", 16, 64, False, "sm_90"), ("bfloat16", 16, 128, True, "sm_80"),
-            ("bfloat16", 24, 64, False, "sm_90"), ("bfloat16", 32, 128, False, "sm_90"),
-            ("bfloat16", 32, 128, True, "sm_80"), ("float16", 4, 64, True, "sm_80"),
-            ("float16", 16, 64, False, "sm_90"), ("float32", 8, 64, False, "sm_90"),
-            ("float32", 16, 64, True, "sm_80"), ("float32", 32, 128, False, "sm_90"),
-            ("float64", 8, 64, True, "sm_80"), ("float64", 16, 64, False, "sm_90")):
+    little = 99 * 1024
+    much, more = SHARED["sm_80"], SHARED["sm_90"]
+    for name, heads, width, few, shared, kinds in (
+            ("bfloat16", 8, 64, False, more, ("backward_keys",)),
+            ("bfloat16", 16, 64, False, more, MOST_HEADS_OF_TWO_PAIRS),
+            ("bfloat16", 24, 64, False, more, ("forward",)),
+            ("bfloat16", 32, 128, True, much, MOST_HEADS_OF_TWO_PAIRS),
+            ("bfloat16", 16, 128, True, little, ("backward_queries", "backward_keys")),
+            ("float16", 4, 64, True, much, ("forward", "backward_keys", "backward_weights")),
+            ("float32", 8, 64, False, more, ("backward_queries", "backward_keys")),
+            ("float32", 16, 64, False, more, ("forward",)),
+            ("float32", 32, 128, True, much, MOST_HEADS_OF_TWO_PAIRS),
+            ("float64", 16, 64, True, more, MOST_HEADS_OF_TWO_PAIRS)):
         s = Sizes(name, heads, heads, heads, heads, heads, width, width)
-        for kind in KINDS:
-            x = tiling(kind, s, SHARED[architecture], few)
-            if x is not None:
-                yield (kernel(kind, x, s, units_of_warp(kind, x, s)), (architecture,),
-                       "DMMA" if name == "float64" else "HMMA")
+        for kind in kinds:
+            x = tiling(kind, s, shared, few)
+            assert x is not None
+            yield (kernel(kind, x, s), ("sm_90" if shared == more else "sm_80",),
+                   "DMMA" if name == "float64" else "HMMA")
     for name in ("float32", "float64"):
         yield join_kernel(name), tuple(SHARED), "DADD"

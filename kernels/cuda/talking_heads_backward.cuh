@@ -48,23 +48,23 @@ struct Backward {
                                                Sum (&dweights)[HEADS][OWN], u32 seen,
                                                ShiftAt shift_at) const {
         mix(weights, scores.strips, p.heads_in, w_pre);
-        weigh(weights, seen, shift_at);
+        weigh(weights, p.heads, seen, shift_at);
         // forward: mixed_v = sum_s weights_s w_post[s, v] + b_post[v], out_v = mixed_v v
         mix(dweights, pulls.strips, p.heads_out, w_post);
     }
 };
 
-// Gradients of weights become those of mixed scores.
+// Gradients of weights become those of mixed scores, 0 where weights are by `weigh`.
 template<class DeltaAt>
-DEVICE void differentiate(const Sum (&weights)[HEADS][OWN], Sum (&dweights)[HEADS][OWN], u32 seen,
-                          DeltaAt delta_at) {
+DEVICE void differentiate(const Sum (&weights)[HEADS][OWN], Sum (&dweights)[HEADS][OWN], int heads,
+                          u32 seen, DeltaAt delta_at) {
     UNROLL
     for (int s = 0; s < HEADS; s++)
         UNROLL
         for (int o = 0; o < OWN; o++) {
             // forward: weight = exp(score - lse)
             const Sum dscore = weights[s][o] * (dweights[s][o] - delta_at(s, o));
-            dweights[s][o] = seen >> o & 1 ? dscore : Sum(0);
+            dweights[s][o] = s < heads && (seen >> o & 1) ? dscore : Sum(0);
         }
 }
 

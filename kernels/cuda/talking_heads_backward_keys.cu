@@ -29,7 +29,7 @@ DEVICE Columns columns_of(const Problem& p, int number) {
     return {group, number % parts_of(p.e) * WIDE, true, group < p.v_groups};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
     const Problem& p = a.problem;
     const int lines = (p.m + ROWS - 1) / ROWS;
@@ -103,7 +103,7 @@ talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
             });
             // forward: mixed_v = sum_s weights_s w_post[s, v] + b_post[v]
             mix_weights(weights, seen, work.pulls.strips, p.heads_out, work.w_post, p.b_post);
-            differentiate(weights, dscores, seen, [&](int s, int o) {
+            differentiate(weights, dscores, p.heads, seen, [&](int s, int o) {
                 return load_at(delta_rows, s, o);
             });
             mix_gradients(dscores, work.scores.strips, p.heads_in, work.w_pre);

@@ -10,7 +10,7 @@ struct QueriesArguments {
     int chunks;             // blocks that share the columns of dq
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 talking_heads_backward_queries(const __grid_constant__ QueriesArguments a) {
     const Problem& p = a.problem;
     const Place block = place_of_queries(p, a.chunks);
@@ -55,7 +55,7 @@ talking_heads_backward_queries(const __grid_constant__ QueriesArguments a) {
             work.weights_of(p, weights, dscores, seen, [&](int s, int) {
                 return load_shared<Sum>(shifts + (s * ROWS + own_row()) * sizeof(Sum));
             });
-            differentiate(weights, dscores, seen, [&](int s, int) {
+            differentiate(weights, dscores, p.heads, seen, [&](int s, int) {
                 return load_shared<Sum>(deltas + (s * ROWS + own_row()) * sizeof(Sum));
             });
             mix_gradients(dscores, work.scores.strips, p.heads_in, work.w_pre);

@@ -9,7 +9,10 @@
 #define LONG_SUMS 1
 #include "talking_heads_backward.cuh"
 
-enum { COLUMN_TILES = (HEADS + 15) / 16, MOST_HEADS = 16 * ROW_TILES };
+enum {
+    COLUMN_TILES = (HEADS + 15) / 16,
+    SHOWN = HEADS < 16 ? HEADS : 16     // heads of the softmax that have strips at a time
+};
 
 struct WeightsArguments {
     Problem problem;
@@ -20,7 +23,7 @@ struct WeightsArguments {
     int numbers;
 };
 
-typedef Sum Matrix[ROW_TILES][COLUMN_TILES][2][4];
+typedef Sum Tiles[ROW_TILES][2][4];      // of sums, 16 columns wide
 
 // Of strips of 16 heads the DEPTH pairs from `pair` on, as A. Which pair comes where does not
 // matter, as long as it is the same in all heads.
@@ -62,48 +65,60 @@ DEVICE void as_columns(B (&b)[2], const A& a) {
     }
 }
 
-// Adds to `sums` the products of strips of `rows` heads and of HEADS heads, over the pairs of the
-// warp; to `totals`, if they are wanted, the sums of the former alone.
-template<bool TOTALS>
-DEVICE void add_products(Matrix& sums, Sum (&totals)[ROW_TILES][4], u32 row_strips, int rows,
-                         Sum factor, u32 column_strips) {
-    B ones[2];
-    if (TOTALS) {
-        Weights<DEPTH / 8> held;
-        Sum c[DEPTH / 8][4];
-        UNROLL
-        for (int i = 0; i < DEPTH / 8; i++)
+// Writes the thread's numbers of SHOWN heads from `first` on.
+DEVICE void show(u32 strips, const Sum (&x)[HEADS][OWN], int first) {
+    UNROLL
+    for (int s = 0; s < SHOWN; s++) {
+        Own own = {};
+        if (first + s < HEADS)
             UNROLL
-            for (int x = 0; x < 4; x++)
-                c[i][x] = 1;
-        hold(held, c);
-        A a;
-        as_a(a, held, 0);
-        as_columns(ones, a);
+            for (int o = 0; o < OWN; o++)
+                own.x[o] = x[first + s][o];
+        store_own(strips + s * STRIP, own);
     }
+}
+
+// Adds to `sums` the products of strips of `rows` heads and of SHOWN heads, over the pairs of the
+// warp.
+DEVICE void add_products(Tiles& sums, u32 row_strips, int rows, Sum factor, u32 column_strips) {
     _Pragma("unroll 1")
     for (int step = 0; step < 32 * OWN; step += DEPTH) {
         const int pair = warp_number() * 32 * OWN + step;
-        B columns[COLUMN_TILES][2];
-        UNROLL
-        for (int j = 0; j < COLUMN_TILES; j++) {
-            A a;
-            load_heads(a, column_strips, 16 * j, HEADS, pair, 1);
-            as_columns(columns[j], a);
-        }
+        A a;
+        B columns[2];
+        load_heads(a, column_strips, 0, SHOWN, pair, 1);
+        as_columns(columns, a);
         UNROLL
         for (int i = 0; i < ROW_TILES; i++) {
-            A a;
             load_heads(a, row_strips, 16 * i, rows, pair, factor);
             UNROLL
-            for (int j = 0; j < COLUMN_TILES; j++)
-                UNROLL
-                for (int half = 0; half < 2; half++)
-                    multiply(sums[i][j][half], a, columns[j][half]);
-            if (TOTALS)
-                multiply(totals[i], a, ones[0]);
+            for (int half = 0; half < 2; half++)
+                multiply(sums[i][half], a, columns[half]);
         }
     }
+}
+
+// Adds the strips of `rows` heads themselves: all columns of `sums` are alike.
+DEVICE void add_totals(Sum (&sums)[ROW_TILES][4], u32 row_strips, int rows) {
+    A a;
+    B ones[2];
+    Sum c[DEPTH / 8][4];
+    UNROLL
+    for (int i = 0; i < DEPTH / 8; i++)
+        UNROLL
+        for (int x = 0; x < 4; x++)
+            c[i][x] = 1;
+    Weights<DEPTH / 8> held;
+    hold(held, c);
+    as_a(a, held, 0);
+    as_columns(ones, a);
+    _Pragma("unroll 1")
+    for (int step = 0; step < 32 * OWN; step += DEPTH)
+        UNROLL
+        for (int i = 0; i < ROW_TILES; i++) {
+            load_heads(a, row_strips, 16 * i, rows, warp_number() * 32 * OWN + step, 1);
+            multiply(sums[i], a, ones[0]);
+        }
 }
 
 // Clears the thread's pairs that are not seen.
@@ -118,11 +133,11 @@ DEVICE void clear_hidden(u32 strips, int heads, u32 seen) {
 }
 
 // Adds a warp's sums to those of the warps before it, (rows, HEADS) in shared memory.
-DEVICE void add_matrix(u32 to, const Matrix& sums, int rows) {
+DEVICE void add_matrix(u32 to, const Tiles (&sums)[COLUMN_TILES], int rows) {
     UNROLL
-    for (int i = 0; i < ROW_TILES; i++)
+    for (int j = 0; j < COLUMN_TILES; j++)
         UNROLL
-        for (int j = 0; j < COLUMN_TILES; j++)
+        for (int i = 0; i < ROW_TILES; i++)
             UNROLL
             for (int half = 0; half < 2; half++)
                 UNROLL
@@ -131,11 +146,11 @@ DEVICE void add_matrix(u32 to, const Matrix& sums, int rows) {
                     const int column = 16 * j + 8 * half + 2 * pair_of_lane() + x % 2;
                     const u32 at = to + (row * HEADS + column) * sizeof(Sum);
                     if (row < rows && column < HEADS)
-                        store_shared(at, load_shared<Sum>(at) + sums[i][j][half][x]);
+                        store_shared(at, load_shared<Sum>(at) + sums[j][i][half][x]);
                 }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 talking_heads_backward_weights(const __grid_constant__ WeightsArguments a) {
     const Problem& p = a.problem;
     const Place block = place_of_queries(p, 1);
@@ -143,12 +158,12 @@ talking_heads_backward_weights(const __grid_constant__ WeightsArguments a) {
     work.begin(p, a.dout, block, false);
     const u32 shifts = work.end;
     const u32 deltas = shifts + HEADS * ROWS * sizeof(Sum);
-    const u32 mixed = deltas + HEADS * ROWS * sizeof(Sum);      // strips of the softmax's heads
+    const u32 mixed = deltas + HEADS * ROWS * sizeof(Sum);      // strips of SHOWN heads
     load_rows<ROWS>(shifts, p, a.lse, block.batch, block.first, block.rows, INFINITE, shift_of);
     load_rows<ROWS>(deltas, p, a.delta, block.batch, block.first, block.rows, 0,
                     [](Sum x) { return x; });
 
-    Matrix dw_pre = {}, dw_post = {};
+    Tiles dw_pre[COLUMN_TILES] = {}, dw_post[COLUMN_TILES] = {};
     Sum db_post[ROW_TILES][4] = {};
     Steps steps;
     steps.begin(p, block);
@@ -173,26 +188,21 @@ talking_heads_backward_weights(const __grid_constant__ WeightsArguments a) {
         work.weights_of(p, weights, dscores, seen, [&](int s, int) {
             return load_shared<Sum>(shifts + (s * ROWS + own_row()) * sizeof(Sum));
         });
-        differentiate(weights, dscores, seen, [&](int s, int) {
+        differentiate(weights, dscores, p.heads, seen, [&](int s, int) {
             return load_shared<Sum>(deltas + (s * ROWS + own_row()) * sizeof(Sum));
         });
-        const auto show = [&](const Sum (&x)[HEADS][OWN]) {
-            UNROLL
-            for (int s = 0; s < HEADS; s++) {
-                Own own;
-                UNROLL
-                for (int o = 0; o < OWN; o++)
-                    own.x[o] = x[s][o];
-                store_own(mixed + s * STRIP, own);
-            }
-        };
-        show(weights);
-        __syncwarp();
-        add_products<true>(dw_post, db_post, work.pulls.strips, p.heads_out, 1, mixed);
-        __syncwarp();
-        show(dscores);
-        __syncwarp();
-        add_products<false>(dw_pre, db_post, work.scores.strips, p.heads_in, p.scale, mixed);
+        UNROLL
+        for (int j = 0; j < COLUMN_TILES; j++) {
+            show(mixed, weights, 16 * j);
+            __syncwarp();
+            add_products(dw_post[j], work.pulls.strips, p.heads_out, 1, mixed);
+            __syncwarp();
+            show(mixed, dscores, 16 * j);
+            __syncwarp();
+            add_products(dw_pre[j], work.scores.strips, p.heads_in, p.scale, mixed);
+            __syncwarp();
+        }
+        add_totals(db_post, work.pulls.strips, p.heads_out);
         __syncthreads();        // the next products overwrite what was just read
     }
     wait_copies<0>();

@@ -9,7 +9,7 @@ struct DeltaArguments {
     Sum* delta;             // (batch, heads, n)
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 talking_heads_delta(const __grid_constant__ DeltaArguments a) {
     const Problem& p = a.problem;
     const Place block = place_of_queries(p, 1);

@@ -30,7 +30,7 @@ DEVICE Statistic joined(const Statistic& x, const Statistic& y) {
     return {largest, x.total * power(x.largest - largest) + y.total * power(y.largest - largest)};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 talking_heads_lse(const __grid_constant__ LseArguments a) {
     const Problem& p = a.problem;
     const Place block = place_of_queries(p, 1);
