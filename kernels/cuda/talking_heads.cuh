@@ -195,7 +195,7 @@ DEVICE void store_own(u32 strip, const Own& x) {
 }
 
 // Heads that are mixed at once: more would take registers.
-enum { AT_ONCE = HEADS < 16 ? 2 : 1 };
+enum { AT_ONCE = HEADS < 8 ? 2 : 1 };
 
 // mixed_s = sum_h strips_h weights[h, s], for the thread's pairs.
 DEVICE void mix(Sum (&mixed)[HEADS][OWN], u32 strips, int heads, u32 weights) {

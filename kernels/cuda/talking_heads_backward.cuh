@@ -42,14 +42,18 @@ struct Backward {
         multiply_all(pulls, column, ring, next);
     }
 
-    // The thread's weights, 0 where not seen, and the gradients that they have.
+    // The thread's weights, 0 where not seen.
     template<class ShiftAt>
     __device__ __forceinline__ void weights_of(const Problem& p, Sum (&weights)[HEADS][OWN],
-                                               Sum (&dweights)[HEADS][OWN], u32 seen,
-                                               ShiftAt shift_at) const {
+                                               u32 seen, ShiftAt shift_at) const {
         mix(weights, scores.strips, p.heads_in, w_pre);
         weigh(weights, p.heads, seen, shift_at);
-        // forward: mixed_v = sum_s weights_s w_post[s, v] + b_post[v], out_v = mixed_v v
+    }
+
+    // The gradients that weights have: forward: mixed_v = sum_s weights_s w_post[s, v] + b_post[v],
+    // out_v = mixed_v v.
+    __device__ __forceinline__ void gradients_of_weights(const Problem& p,
+                                                         Sum (&dweights)[HEADS][OWN]) const {
         mix(dweights, pulls.strips, p.heads_out, w_post);
     }
 };

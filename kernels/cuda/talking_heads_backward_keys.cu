@@ -98,10 +98,11 @@ talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
             const auto load_at = [&](u32 rows, int s, int o) {
                 return load_shared<Sum>(rows + own + (s * STEP + o) * sizeof(Sum));
             };
-            work.weights_of(p, weights, dscores, seen, [&](int s, int o) {
+            work.weights_of(p, weights, seen, [&](int s, int o) {
                 return shift_of(load_at(lse_rows, s, o));
             });
-            // forward: mixed_v = sum_s weights_s w_post[s, v] + b_post[v]
+            work.gradients_of_weights(p, dscores);
+            // over what these were computed from
             mix_weights(weights, seen, work.pulls.strips, p.heads_out, work.w_post, p.b_post);
             differentiate(weights, dscores, p.heads, seen, [&](int s, int o) {
                 return load_at(delta_rows, s, o);

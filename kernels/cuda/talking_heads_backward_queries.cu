@@ -52,9 +52,10 @@ talking_heads_backward_queries(const __grid_constant__ QueriesArguments a) {
         {
             Sum weights[HEADS][OWN], dscores[HEADS][OWN];
             const u32 seen = own_bits(work.words);
-            work.weights_of(p, weights, dscores, seen, [&](int s, int) {
+            work.weights_of(p, weights, seen, [&](int s, int) {
                 return load_shared<Sum>(shifts + (s * ROWS + own_row()) * sizeof(Sum));
             });
+            work.gradients_of_weights(p, dscores);
             differentiate(weights, dscores, p.heads, seen, [&](int s, int) {
                 return load_shared<Sum>(deltas + (s * ROWS + own_row()) * sizeof(Sum));
             });

@@ -185,11 +185,8 @@ talking_heads_backward_weights(const __grid_constant__ WeightsArguments a) {
             clear_hidden(work.scores.strips, p.heads_in, seen);
             clear_hidden(work.pulls.strips, p.heads_out, seen);
         }
-        work.weights_of(p, weights, dscores, seen, [&](int s, int) {
+        work.weights_of(p, weights, seen, [&](int s, int) {
             return load_shared<Sum>(shifts + (s * ROWS + own_row()) * sizeof(Sum));
-        });
-        differentiate(weights, dscores, p.heads, seen, [&](int s, int) {
-            return load_shared<Sum>(deltas + (s * ROWS + own_row()) * sizeof(Sum));
         });
         UNROLL
         for (int j = 0; j < COLUMN_TILES; j++) {
@@ -197,6 +194,13 @@ talking_heads_backward_weights(const __grid_constant__ WeightsArguments a) {
             __syncwarp();
             add_products(dw_post[j], work.pulls.strips, p.heads_out, 1, mixed);
             __syncwarp();
+        }
+        work.gradients_of_weights(p, dscores);
+        differentiate(weights, dscores, p.heads, seen, [&](int s, int) {
+            return load_shared<Sum>(deltas + (s * ROWS + own_row()) * sizeof(Sum));
+        });
+        UNROLL
+        for (int j = 0; j < COLUMN_TILES; j++) {
             show(mixed, dscores, 16 * j);
             __syncwarp();
             add_products(dw_pre[j], work.scores.strips, p.heads_in, p.scale, mixed);

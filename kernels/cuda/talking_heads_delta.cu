@@ -39,9 +39,10 @@ talking_heads_delta(const __grid_constant__ DeltaArguments a) {
         __syncthreads();
         Sum weights[HEADS][OWN], dweights[HEADS][OWN];
         const u32 seen = own_bits(work.words);
-        work.weights_of(p, weights, dweights, seen, [&](int s, int) {
+        work.weights_of(p, weights, seen, [&](int s, int) {
             return load_shared<Sum>(shifts + (s * ROWS + own_row()) * sizeof(Sum));
         });
+        work.gradients_of_weights(p, dweights);
         UNROLL
         for (int s = 0; s < HEADS; s++)
             UNROLL
