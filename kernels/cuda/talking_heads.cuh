@@ -5,7 +5,7 @@
 // kinds of work take turns, with a barrier between them; here those of the forward:
 //
 //     warps, by head      strips_h = q_h k_h^T            tensor cores; sums go to shared memory
-//     threads, by pair    scores_s = sum_h strips_h w_pre[h, s]
+//     threads, by pair    scores_s = scale * sum_h strips_h w_pre[h, s]
 //                         weights_s = exp(scores_s - lse_s)
 //                         strips_v = sum_s weights_s w_post[s, v] + b_post[v]
 //     warps, by head      out_v += strips_v v             tensor cores; sums stay in registers
@@ -39,7 +39,7 @@ enum {
 struct Problem {
     Operand q, k, v;
     TileLists lists;        // lines of queries, or of keys for the kernel that owns keys
-    const Sum* w_pre;       // (heads_in, HEADS): times scale and TO_BASE, 0 for heads too many
+    const Sum* w_pre;       // (heads_in, HEADS), 0 for heads too many
     const Sum* w_post;      // (heads_out, HEADS): transposed
     const Sum* b_post;      // (heads_out,), or 0
     const int* q_lengths;   // (batch,)
@@ -239,16 +239,17 @@ DEVICE Own mix_back(const Sum (&x)[HEADS][OWN], int h, u32 weights) {
     return found;
 }
 
-// Scores become weights, 0 where not `seen` and in heads that are not there: these have scores of 0,
-// but NaN where a product is not finite. `shift_at(s, o)` is what is subtracted.
+// Mixed products become weights, 0 where not `seen` and in heads that are not there: these have
+// products of 0, but NaN where a product is not finite. `shift_at(s, o)` is what is subtracted from
+// a score.
 template<class ShiftAt>
-DEVICE void weigh(Sum (&scores)[HEADS][OWN], int heads, u32 seen, ShiftAt shift_at) {
+DEVICE void weigh(const Problem& p, Sum (&mixed)[HEADS][OWN], u32 seen, ShiftAt shift_at) {
     UNROLL
     for (int s = 0; s < HEADS; s++)
         UNROLL
         for (int o = 0; o < OWN; o++) {
-            const Sum weight = power(scores[s][o] - shift_at(s, o));
-            scores[s][o] = s < heads && (seen >> o & 1) ? weight : Sum(0);
+            const Sum weight = power(times_plus(mixed[s][o], p.scale, -shift_at(s, o)) * TO_BASE);
+            mixed[s][o] = s < p.heads && (seen >> o & 1) ? weight : Sum(0);
         }
 }
 
@@ -291,7 +292,7 @@ DEVICE void load_rows(u32 to, const Problem& p, const Sum* from, int batch, int 
 
 // What is subtracted from scores, of a log-sum-exp. A row that sees no key has weights of 0.
 DEVICE Sum shift_of(Sum lse) {
-    return lse == -INFINITE ? INFINITE : lse * TO_BASE;
+    return lse == -INFINITE ? INFINITE : lse;
 }
 
 // ---- what warps copy

@@ -61,8 +61,6 @@ These are the kernels that walk the tiles, as their files are called but for "ta
 
 JOIN_THREADS = 256
 
-LOG2_E = np.log2(np.e)
-
 
 class Tiling(NamedTuple):
     """How a kernel divides its work; see talking_heads.cuh for what the numbers are."""
@@ -143,10 +141,9 @@ def tiling(kind: str, s: Sizes, shared: int, few: bool) -> Tiling | None:
     Tokens that stay in shared memory are worth more than blocks of many rows. Few warps are for
     devices with little shared memory.
     """
-    most = MOST_HEADS_OF_TWO_PAIRS[kind]
-    large = not few and s.name != "float64" and s.padded <= most
-    if kind == "backward_keys" and s.name == "float32":
-        large = False
+    large = not few and s.padded <= MOST_HEADS_OF_TWO_PAIRS[kind]
+    if s.name == "float64" or (s.name == "float32" and kind == "backward_keys"):
+        large = False       # their fragments take more registers
     choices = [Tiling(slices, 8, resident) for resident in (True, False)
                for slices in ((2, 1) if large else (1,))]
     if s.name != "float64" and s.padded <= 16:
@@ -167,9 +164,9 @@ def units_of_warp(kind: str, x: Tiling, s: Sizes) -> int:
     needed = -(-units(kind, s) // x.warps)
     each = x.slices * (32 if item_bytes(s.name) == 2 else 16)
     room = REGISTERS
-    if kind != "forward" and (s.padded > 16 or (s.name == "float32" and x.slices == 2)):
-        room //= 2
-    elif x.pairs == 2 and s.padded > MOST_HEADS_OF_TWO_PAIRS[kind]:
+    # a backward has weights and their gradients beside the sums
+    if kind != "forward" and (s.padded > 16 or (s.name == "float32" and x.slices == 2) or (
+            x.pairs == 2 and s.padded > MOST_HEADS_OF_TWO_PAIRS[kind])):
         room //= 2
     return next(count for count in (4, 2, 1) if count == 1 or (
         count * each <= room and count < 2 * needed))
@@ -240,10 +237,10 @@ class Call(Keeper):
         self.q, self.k, self.v = (readable(self.device, x) for x in (p.q, p.k, p.v))
         self.empty = 0 in (self.batch, self.n)
 
-    def matrix(self, w: Array, factor: float) -> int:
+    def matrix(self, w: Array) -> int:
         """Return where a copy (heads, heads of the softmax) is, zeros up to the padded heads."""
         padded = self.device.zeros((w.shape[0], self.sizes.padded), np.dtype(self.sums))
-        padded[:, :w.shape[1]] = w * factor
+        padded[:, :w.shape[1]] = w
         return self.address(padded)
 
     @functools.cached_property
@@ -252,10 +249,8 @@ class Call(Keeper):
         p, s, record = self.p, self.sizes, np.zeros((), problem_struct(self.sums))
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             record[name] = operand(self.device, x)
-        # exponents of 2, but fp64 takes those of e: TO_BASE in element.cuh
-        base = 1.0 if s.name == "float64" else LOG2_E
-        record["w_pre"] = self.matrix(as_sums(p.w_pre, s.name), p.scale * base)
-        record["w_post"] = self.matrix(as_sums(p.w_post, s.name).T, 1.0)
+        record["w_pre"] = self.matrix(as_sums(p.w_pre, s.name))
+        record["w_post"] = self.matrix(as_sums(p.w_post, s.name).T)
         if p.b_post is not None:
             record["b_post"] = self.address(contiguous(as_sums(p.b_post, s.name)))
         record["q_lengths"] = self.constant(p.q_lengths)

@@ -47,7 +47,7 @@ struct Backward {
     __device__ __forceinline__ void weights_of(const Problem& p, Sum (&weights)[HEADS][OWN],
                                                u32 seen, ShiftAt shift_at) const {
         mix(weights, scores.strips, p.heads_in, w_pre);
-        weigh(weights, p.heads, seen, shift_at);
+        weigh(p, weights, seen, shift_at);
     }
 
     // The gradients that weights have: forward: mixed_v = sum_s weights_s w_post[s, v] + b_post[v],
@@ -72,7 +72,7 @@ DEVICE void differentiate(const Sum (&weights)[HEADS][OWN], Sum (&dweights)[HEAD
         }
 }
 
-// Gradients of mixed scores become those of products, but for a factor of TO_BASE.
+// Gradients of mixed scores become those of products, but for the scale.
 DEVICE void mix_gradients(const Sum (&dscores)[HEADS][OWN], u32 strips, int heads, u32 w_pre) {
     _Pragma("unroll AT_ONCE")
     for (int h = 0; h < heads; h++)

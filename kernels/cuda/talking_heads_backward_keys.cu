@@ -124,6 +124,6 @@ talking_heads_backward_keys(const __grid_constant__ KeysArguments a) {
         if (x.of_dv)
             write_unit(a.dv, block, x.group, sums[u], x.column, p.m, p.e, 1);
         else
-            write_unit(a.dk, block, x.group, sums[u], x.column, p.m, p.d, 1 / Sum(TO_BASE));
+            write_unit(a.dk, block, x.group, sums[u], x.column, p.m, p.d, p.scale);
     }
 }

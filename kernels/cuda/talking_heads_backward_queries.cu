@@ -74,6 +74,6 @@ talking_heads_backward_queries(const __grid_constant__ QueriesArguments a) {
         const int head = number / parts_of(p.d);
         if (head < p.heads_in)
             write_unit(a.dq, block, head, dq[u], number % parts_of(p.d) * WIDE, p.n, p.d,
-                       1 / Sum(TO_BASE));
+                       p.scale);
     }
 }

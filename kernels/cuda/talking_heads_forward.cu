@@ -57,7 +57,7 @@ talking_heads_forward(const __grid_constant__ ForwardArguments a) {
             Sum weights[HEADS][OWN];
             mix(weights, strips, p.heads_in, w_pre);
             const u32 seen = own_bits(words);
-            weigh(weights, p.heads, seen, [&](int s, int) {
+            weigh(p, weights, seen, [&](int s, int) {
                 return load_shared<Sum>(shifts + (s * ROWS + own_row()) * sizeof(Sum));
             });
             mix_weights(weights, seen, strips, p.heads_out, w_post, p.b_post);

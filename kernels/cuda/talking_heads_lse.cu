@@ -18,7 +18,7 @@ DEVICE void add(Statistic& x, Sum score) {
     if (score == -INFINITE)
         return;
     const bool grows = score > x.largest;
-    const Sum share = power(grows ? x.largest - score : score - x.largest);
+    const Sum share = power((grows ? x.largest - score : score - x.largest) * TO_BASE);
     x.total = grows ? x.total * share + 1 : x.total + share;
     x.largest = grows ? score : x.largest;
 }
@@ -27,7 +27,8 @@ DEVICE Statistic joined(const Statistic& x, const Statistic& y) {
     const Sum largest = larger(x.largest, y.largest);
     if (largest == -INFINITE)
         return {largest, x.total + y.total};        // 0, or NaN
-    return {largest, x.total * power(x.largest - largest) + y.total * power(y.largest - largest)};
+    return {largest, x.total * power((x.largest - largest) * TO_BASE)
+                         + y.total * power((y.largest - largest) * TO_BASE)};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -70,7 +71,7 @@ talking_heads_lse(const __grid_constant__ LseArguments a) {
             UNROLL
             for (int o = 0; o < OWN; o++)
                 if (seen >> o & 1)
-                    add(own[s], mixed[s][o]);
+                    add(own[s], mixed[s][o] * p.scale);
         __syncthreads();        // the next products overwrite what was just read
     }
     wait_copies<0>();
@@ -97,6 +98,6 @@ talking_heads_lse(const __grid_constant__ LseArguments a) {
         for (int part = 1; part < ROW_PARTS; part++)
             x = joined(x, load_shared<Statistic>(from + part * sizeof(Statistic)));
         a.lse[(i64(block.batch) * p.heads + i / ROWS) * p.n + query]
-            = x.total == 0 ? -INFINITE : x.largest / TO_BASE + natural_logarithm(x.total);
+            = x.total == 0 ? -INFINITE : x.largest + natural_logarithm(x.total);
     }
 }
