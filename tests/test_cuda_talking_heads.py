@@ -34,9 +34,13 @@ def late(*values):
             for x in values]
 
 
-every_dtype = pytest.mark.parametrize("dtype", [
-    pytest.param(dtype, id=name, marks=[pytest.mark.gate] if name in ("float16", "float32") else [])
-    for dtype, name in zip(DTYPES, NAMES, strict=True)])
+def dtypes(*by_default):
+    return pytest.mark.parametrize("dtype", [
+        pytest.param(dtype, id=name, marks=[] if name in by_default else [pytest.mark.gate])
+        for dtype, name in zip(DTYPES, NAMES, strict=True)])
+
+
+every_dtype = dtypes("bfloat16", "float64")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +77,7 @@ def test_causal_masked_and_padded(causal, dtype):
     rules.test_causal_masked_and_padded(SMALL, causal, "cuda", dtype)
 
 
-@every_dtype
+@dtypes("bfloat16")
 def test_a_window_and_no_bias(dtype):
     shape = Shape((1,), (3, 3, 3, 2, 1), 70, 150, 8, 8)
     arguments = draw(shape, dtype)
@@ -94,13 +98,13 @@ def test_nothing_to_do(shape):
     rules.test_nothing_to_do(shape, "cuda")
 
 
-def test_what_any_backend_keeps():
-    rules.test_a_bias_does_not_revive_masked_pairs("cuda")
+def test_broadcast_axes_and_strided_views():
     rules.test_broadcast_axes_and_strided_views("cuda")
 
 
 @pytest.mark.gate
-def test_matrices_that_only_move_heads():
+def test_what_any_backend_keeps():
+    rules.test_a_bias_does_not_revive_masked_pairs("cuda")
     rules.test_a_permutation_permutes_the_heads("cuda")
     rules.test_weights_multiply_from_the_right("cuda")
 
@@ -121,20 +125,20 @@ def test_one_backends_saved_in_anothers_backward(pair):
 # what is hidden, and what is not a number
 
 
-@every_dtype
+@dtypes("bfloat16")
 def test_what_no_one_may_see_has_no_say(dtype):
     """But for fp32, which multiplies in another way where something is not finite, to the bit."""
-    shape = Shape((2,), (4, 2, 3, 4, 2), 40, 90, 6, 7)
+    shape = Shape((2,), (4, 2, 3, 4, 2), 28, 70, 6, 7)
     q, k, v, *weights = draw(shape, dtype)
-    mask = np.random.default_rng(2).random((40, 90)) < 0.5
-    mask[:, 60:65], mask[20:23] = False, False
-    options = {"mask": mask, "kv_lengths": np.array([90, 70]), "q_lengths": np.array([30, 40])}
+    mask = np.random.default_rng(2).random((28, 70)) < 0.5
+    mask[:, 40:45], mask[20:23] = False, False
+    options = {"mask": mask, "kv_lengths": np.array([70, 50]), "q_lengths": np.array([25, 28])}
     dout, found = cotangent(shape, dtype), []
     for fill in (0, np.nan, np.inf):
         for x in (k, v):
-            x[..., 60:65, :] = x[1, :, 70:] = fill
+            x[..., 40:45, :] = x[1, :, 50:] = fill
         for x in (q, dout):
-            x[..., 20:23, :] = x[0, :, 30:] = fill
+            x[..., 20:23, :] = x[0, :, 25:] = fill
         with pyattn.use_backend("cuda"):
             found.append(everything((q, k, v, *weights), dout, **options))
     accuracy = 1e-4 if dtype == np.float32 else 0
@@ -183,11 +187,11 @@ def test_rows_without_a_finite_score(dtype):
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, *late(np.float32)], ids=str)
 def test_the_order_of_threads_and_blocks_changes_no_bit(dtype, device):
-    found = []
+    shape, found = Shape((2,), (4, 2, 3, 4, 2), 20, 40, 8, 8), []
     for device.seed in (0, 1, 2):
         with pyattn.use_backend("cuda"):
             found.append([x.tobytes() for x in everything(
-                draw(SMALL, dtype), cotangent(SMALL, dtype), causal=True)])
+                draw(shape, dtype), cotangent(shape, dtype), causal=True)])
     assert found[0] == found[1] == found[2]
 
 
