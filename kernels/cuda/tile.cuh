@@ -19,7 +19,7 @@ struct Operand {
 template<int ROWS, int WIDTH, int COUNT = THREADS, class Visit>
 DEVICE void own_chunks(u32 tile, Visit visit) {
     enum { ACROSS = WIDTH / CHUNK, ALL = ROWS * ACROSS };
-    const int thread = COUNT == THREADS ? threadIdx.x : threadIdx.x % COUNT;
+    const u32 thread = COUNT == THREADS ? threadIdx.x : threadIdx.x % COUNT;
     if (COUNT % ACROSS == 0 && COUNT / ACROSS % 8 == 0) {
         // rows of a thread lie a multiple of 8 apart: one swizzle for all
         enum { APART = COUNT / ACROSS };
