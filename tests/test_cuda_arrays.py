@@ -290,7 +290,8 @@ def test_softmax_kernels_meet_no_array_of_the_host(name, strict_device):
 LAUNCHED = {"graph_attention": "edges", "gat_attention": "edges", "bp_attention": "edges",
             "linear_attention": "linear", "performer_attention": "linear",
             "nsa_attention": "selected", "lsh_attention": "softmax",
-            "routing_attention": "softmax"}
+            "routing_attention": "softmax", "additive_attention": "additive",
+            "talking_heads_attention": "talking_heads"}
 
 
 @pytest.mark.parametrize("name", LAUNCHED)

@@ -193,6 +193,31 @@ def test_rows_without_a_finite_score(dtype):
         assert np.isfinite(y).all() or y.ndim == 3
 
 
+@every_dtype
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "partial"])
+def test_inf_with_a_weight_of_0_is_nan(dtype, causal):
+    """Whether in full tiles, where the product says so, or in partial ones, where it is added."""
+    shape = Shape((1,), 16, 1, 64, 64, 16, 16)
+    q, k, v = draw(shape, dtype)
+    q[...], k[..., 0] = 0, 0
+    q[..., 0], k[..., 10, 0] = 50, -100
+    v[..., (10, 11), :2] = np.inf
+    dout = np.ones((1, 16, 64, 16), dtype)
+    dout[..., 30, :3] = np.inf
+    found = []
+    for backend in ("cpu", "cuda"):
+        with pyattn.use_backend(backend), np.errstate(all="ignore"):
+            out, saved = engine.forward(q, k, v, np.zeros((1, 1, 64, 1), int), block_size=64,
+                                        causal=causal)
+            grads = saved.backward(dout)
+            found.append((out, grads.v))
+            assert np.isnan(grads.q).any() and np.isnan(grads.k).any()
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
+        np.testing.assert_array_equal(np.isinf(x), np.isinf(y))
+        assert np.isnan(y).any()
+
+
 # the lists, from both sides
 
 

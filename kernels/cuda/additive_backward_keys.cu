@@ -100,19 +100,17 @@ additive_backward_keys(const __grid_constant__ KeysArguments a) {
             // forward: out = weights v
             const bool bad = (masked || ELEMENT == F32)
                 && __syncthreads_or(any_bad<TILE, E>(dout_tile));
+            Weights<TILE / 8> weights[1];
+            hold(weights[0], scores[0]);
             if (bad) {
                 // see nonfinite.cuh
-                UNROLL
-                for (int h = 0; h < 2; h++)
-                    bits[h].share(words + 8 * (8 * h + row_of_lane()));
-                __syncwarp();
-                add_bad<TILE, E>(dv, dout_tile, 0, TILE, words, false);
+                add_by_weight(words, bits, weights, [&](bool vanished) {
+                    add_bad<TILE, E>(dv, dout_tile, 0, TILE, words, vanished);
+                });
                 __syncthreads();
                 clean<TILE, E>(dout_tile, 0, TILE);
                 __syncthreads();
             }
-            Weights<TILE / 8> weights[1];
-            hold(weights[0], scores[0]);
             multiply_weights<TILE, E>(dv, weights, dout_tile, 0);
             if (bad || !a.dk)
                 __syncthreads();    // the next load overwrites what was just read

@@ -75,11 +75,9 @@ additive_forward(const __grid_constant__ ForwardArguments a) {
         hold(weights[0], scores[0]);
         if (bad) {
             // see nonfinite.cuh
-            UNROLL
-            for (int h = 0; h < 2; h++)
-                bits[h].share(words + 8 * (8 * h + row_of_lane()));
-            __syncwarp();
-            add_bad<TILE, E>(x.sums, v_tile, 0, TILE, words, false);
+            add_by_weight(words, bits, weights, [&](bool vanished) {
+                add_bad<TILE, E>(x.sums, v_tile, 0, TILE, words, vanished);
+            });
             __syncthreads();
             clean<TILE, E>(v_tile, 0, TILE);
             __syncthreads();

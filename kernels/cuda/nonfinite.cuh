@@ -149,3 +149,11 @@ DEVICE void add_by_weight(u32 words, const RowBits<8 * TILES> (&bits)[ROW_SLICES
         __syncwarp();
     }
 }
+
+// The same for the 16 rows of one slice.
+template<int TILES, class Add>
+DEVICE void add_by_weight(u32 words, const RowBits<8 * TILES> (&bits)[2],
+                          const Weights<TILES> (&weights)[1], Add add) {
+    const RowBits<8 * TILES> rows[1][2] = {{bits[0], bits[1]}};
+    add_by_weight(words, rows, weights, add);
+}

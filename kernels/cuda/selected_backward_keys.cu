@@ -233,16 +233,14 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
             hold(dscores[0], pulls[0]);
             if (bad) {
                 // see nonfinite.cuh
-                UNROLL
-                for (int h = 0; h < 2; h++)
-                    bits[h].share(words + 8 * (8 * h + row_of_lane()));
-                __syncwarp();
+                add_by_weight(words, bits, weights, [&](bool vanished) {
 #if DV
-                add_bad<LOAD, DV>(dv, dout_tile + dv_panel, column, STEP, words, false);
+                    add_bad<LOAD, DV>(dv, dout_tile + dv_panel, column, STEP, words, vanished);
 #endif
 #if DK
-                add_bad<LOAD, DK>(dk, q_tile + dk_panel, column, STEP, words, true);
+                    add_bad<LOAD, DK>(dk, q_tile + dk_panel, column, STEP, words, true);
 #endif
+                });
                 __syncthreads();
                 clean_step<E>(dout_tile, step);
                 clean_step<D>(q_tile, step);

@@ -176,11 +176,9 @@ selected_forward(const __grid_constant__ ForwardArguments a) {
             hold(weights[0], scores[0]);
             if (bad) {
                 // see nonfinite.cuh
-                UNROLL
-                for (int h = 0; h < 2; h++)
-                    bits[h].share(words + 8 * (8 * h + row_of_lane()));
-                __syncwarp();
-                add_bad<LOAD, E>(x.sums, v_tile, column, STEP, words, false);
+                add_by_weight(words, bits, weights, [&](bool vanished) {
+                    add_bad<LOAD, E>(x.sums, v_tile, column, STEP, words, vanished);
+                });
                 __syncthreads();
                 clean_step<E>(v_tile, step);
                 __syncthreads();
