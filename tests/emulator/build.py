@@ -16,8 +16,11 @@ from pathlib import Path
 from pyattn.kernels.cuda.compile import text
 
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O2", "-g1", "-march=native", "-w", "-fPIC", "-fvisibility=hidden",
+# version 4 as GCC 12 and its assembler name sources "<stdin>" in version 5, if not optimized more
+FLAGS = ("-std=c++17", "-gdwarf-4", "-g1", "-march=native", "-w", "-fPIC", "-fvisibility=hidden",
          "-fno-gnu-unique", "-fno-strict-aliasing", "-fstack-clash-protection")
+QUICKLY = "-O1"    # kernels: most of them are built once and run a few times
+WELL = "-O2"       # the emulator itself, which takes most of the time when they run
 SANITIZE = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer")
 
 HEADERS = '#include "emulator.hpp"\n#include "formats.hpp"\n'
@@ -78,8 +81,9 @@ def build(file: str, name: str, macros: Iterable[tuple[str, str | int]] = (), *,
     """
     source = text(file, [*folders, HERE]) + ENTRY.format(name=name)
     flags = [*FLAGS, *flags]
+    core = [str(path) for path in _core([WELL, *flags])]
+    flags = [QUICKLY, *flags]
     own_flags = flags + [f"-D{key}={value}" for key, value in macros]
-    core = [str(path) for path in _core(flags)]
     return _cached(name, ".so", source, own_flags, [
         *_headers_at_once(flags), "-shared", "-x", "c++", "-", "-x", "none", *core, "-ldl", "-lrt"])
 
