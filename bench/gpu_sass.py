@@ -24,12 +24,14 @@ import os
 import pkgutil
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from pyattn.kernels import disk
 from pyattn.kernels.cuda import compile
 from pyattn.kernels.cuda.device import Kernel
@@ -45,7 +47,15 @@ SERIALISED = ("C7508", "C7510", "C7512", "C7514", "C7518", "C7520")
 JOBS = 2
 
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)"
+                         r".*/\* 0x([0-9a-f]{16}) \*/", re.MULTILINE)
+
+INSTRUCTION_BYTES = 16
+OPERATION = 0xFFF
+"""The bits of an instruction that say what it does; the others say to what."""
+
+_names = collections.defaultdict(dict)
+"""By architecture: the names of operations, as far as the disassembler was asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +129,35 @@ def dumped(code, *options):
     return done.stdout + done.stderr
 
 
+def operations(code):
+    """The operations of a cubin, an ELF file: an array of what stands in its sections of code."""
+    sections, = struct.unpack_from("<Q", code, 40)
+    size, count, named = struct.unpack_from("<3H", code, 58)
+    headers = [struct.unpack_from("<2I4Q2I2Q", code, sections + i * size) for i in range(count)]
+    names = headers[named][4]
+    return np.concatenate([np.zeros(0, np.uint64)] + [
+        np.frombuffer(code, "<u8", header[5] // 8, header[4])[::INSTRUCTION_BYTES // 8]
+        for header in headers if code.startswith(b".text.", names + header[0])]) & OPERATION
+
+
+def instructions(code, architecture):
+    """How often each instruction occurs.
+
+    The disassembler takes a large part of a second for a kernel; it is asked where operations are
+    met that it has not named before.
+    """
+    names, met = _names[architecture], operations(code)
+    if not names.keys() >= set(met.tolist()):
+        told = [(name, int(word, 16) & OPERATION)
+                for name, word in INSTRUCTION.findall(dumped(code, "-sass"))]
+        if [operation for _, operation in told] != met.tolist():
+            raise RuntimeError("the disassembler finds other instructions than are in the code")
+        for name, operation in told:
+            if names.setdefault(operation, name) != name:
+                raise RuntimeError(f"{name} and {names[operation]} are one operation")
+    return dict(collections.Counter(names[operation] for operation in met.tolist()))
+
+
 def read(source, name, macros, architecture):
     """Compile a text and read its machine code; readings are kept, by all that they depend on."""
     options = compile.options_for(macros, architecture)
@@ -130,12 +169,11 @@ def read(source, name, macros, architecture):
     if stored is not None:
         return Reading(**json.loads(stored))
     code, log = compile.compiled(source, name, options)
-    told = dumped(code, "-res-usage", "-sass")
-    resources = RESOURCES.search(told)
-    instructions = collections.Counter(INSTRUCTION.findall(told))
-    if resources is None or not instructions:
+    resources = RESOURCES.search(dumped(code, "-res-usage"))
+    counted = instructions(code, architecture)
+    if resources is None or not counted:
         raise RuntimeError(f"{name}: cuobjdump says nothing that can be read")
-    reading = Reading(*map(int, resources.groups()), dict(instructions), log)
+    reading = Reading(*map(int, resources.groups()), counted, log)
     if path:
         disk.write(path, json.dumps(dataclasses.asdict(reading)).encode())
     return reading

@@ -9,8 +9,10 @@ Both take CuPy, NVRTC and cuobjdump, and are skipped with the reason where these
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import os
+import re
 import subprocess
 import sys
 import types
@@ -228,6 +230,26 @@ def test_the_judge_sees_faults(cache, text, expected, fault):
 def test_the_judge_heeds_the_compilers_remarks():
     remark = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are"
     assert gpu_sass.Reading(1, 0, 0, 0, {}, remark).faults() == ["the compiler's remark C7510"]
+
+
+@needs_compiler
+def test_operations_have_the_names_that_the_disassembler_gave_them(monkeypatch):
+    def code(text):
+        options = compile.options_for((("ROUNDS", 2),), "sm_80")
+        return compile.compiled(text, "multiply.cu", options)[0]
+
+    monkeypatch.setattr(gpu_sass, "_names", collections.defaultdict(dict))
+    asked, really = [], gpu_sass.dumped
+    monkeypatch.setattr(gpu_sass, "dumped", lambda *given: asked.append(given) or really(*given))
+    for text in (GOOD, SPILLING, GOOD):
+        told = really(code(text), "-sass")
+        found = gpu_sass.instructions(code(text), "sm_80")
+        assert found == collections.Counter(re.findall(r"\*/ +(?:@\S+ +)?([A-Z]\w+)", told))
+    assert len(asked) == 2      # that it knows all of the third, it knows from the first
+    gpu_sass._names["sm_80"].clear()
+    gpu_sass._names["sm_80"][int(gpu_sass.operations(code(GOOD))[-1])] = "ANOTHER"
+    with pytest.raises(RuntimeError, match="ANOTHER are one operation"):
+        gpu_sass.instructions(code(GOOD), "sm_80")
 
 
 @needs_compiler
