@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import threading
@@ -32,6 +33,10 @@ from pyattn import dispatch, masks
 if not config.ENABLE_CUDASIM:
     pytest.skip("test_numba_cuda.py runs this file in a process of its own",
                 allow_module_level=True)
+
+if hasattr(os, "sched_setaffinity"):
+    # threads hand over to one another all the time, which takes longer from core to core
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 from numba.cuda.simulator import kernel as simulator
 from pyattn.kernels.numba_cuda import backward, device, forward, launch, terms, tiles, tiling
