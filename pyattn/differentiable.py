@@ -80,7 +80,7 @@ class Saved:
             def backward(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return own(self, *arrays.taken(args), **arrays.taken(kwargs))
 
-            cls.backward = backward  # type: ignore[attr-defined]
+            cls.backward = backward  # type: ignore[attr-defined]  # subclasses declare it
 
     @property
     def decisions(self) -> dict[str, Array]:

@@ -228,11 +228,10 @@ def _items(steps: np.ndarray, groups: int, group_bytes: int) -> np.ndarray:
 def _structure(fields: Sequence[tuple[str, Any]]) -> np.dtype:
     """Lay out a struct as C++ does; tensor maps, if any, come first and align it to 64 bytes."""
     laid = np.dtype(list(fields), align=True)
-    names = laid.names or ()
-    size = -(-laid.itemsize // 64) * 64
-    return np.dtype({"names": names, "formats": [laid[name] for name in names],
-                     "offsets": [laid.fields[name][1] for name in names],  # type: ignore[index]
-                     "itemsize": size})
+    places = laid.fields or {}
+    return np.dtype({"names": list(places), "formats": [place[0] for place in places.values()],
+                     "offsets": [place[1] for place in places.values()],
+                     "itemsize": -(-laid.itemsize // 64) * 64})
 
 
 _MAP = "V128"

@@ -188,7 +188,7 @@ def plain_dtype(name: str) -> np.dtype:
 
 def ulp(value: float, dtype: np.dtype) -> float:
     """Distance from `value` to the next number of `dtype`."""
-    limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]  # theirs
     exponent = math.frexp(max(float(value), float(limits.smallest_normal)))[1] - 1
     return math.ldexp(float(limits.eps), exponent)
 
