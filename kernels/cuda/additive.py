@@ -52,7 +52,7 @@ CHUNKS = (32, 64, 128)
 """Columns of v that kernels are built for; wider ones take several rounds."""
 
 BLOCKS = {"additive_forward": {2: (4, 4, 2), 4: (3, 2, 2), 8: (2, 2, 1)},
-          "additive_backward_queries": {2: (3, 4, 3), 4: (2, 2, 2), 8: (2, 2, 1)},
+          "additive_backward_queries": {2: (3, 3, 3), 4: (2, 2, 2), 8: (2, 2, 1)},
           "additive_backward_keys": {2: (3, 2, 2), 4: (2, 2, 2), 8: (1, 1, 1)}}
 """How many blocks shall be on a multiprocessor, by bytes of a number of v and by chunk: as many as
 their registers allow."""

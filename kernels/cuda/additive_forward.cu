@@ -26,8 +26,8 @@ additive_forward(const __grid_constant__ ForwardArguments a) {
     const int head = blockIdx.x / lines % p.heads;
     const int batch = blockIdx.x / lines / p.heads;
     const int group = head / (p.heads / p.groups);
-    const int keys = p.kv_lengths[batch];
     const Tokens rows = tokens_of(p, p.q, batch, head, line, p.q_lengths[batch]);
+    const int keys = rows.there > 0 ? p.kv_lengths[batch] : 0;
     const Sum* w = p.w + i64(head) * p.chunks() * FEATURES;
     const Stored* v = p.v.head(batch, group);
 
@@ -44,10 +44,9 @@ additive_forward(const __grid_constant__ ForwardArguments a) {
         x.largest[h] = -INFINITE;
         x.total[h] = 0;
     }
-    const int end = rows.there > 0 ? (keys + TILE - 1) / TILE : 0;
     Walk<1> walk;
     walk.begin(p.lists, p.lists.layout[batch * p.heads + head], line, 0);
-    for (; walk.here(end); walk.advance(p.lists)) {
+    for (; walk.here((keys + TILE - 1) / TILE); walk.advance(p.lists)) {
         const int columns = keys - walk.tile * TILE;
         const int kind = walk.kind(p.lists, 0);
         const bool masked = kind != FULL || columns < TILE;

@@ -129,20 +129,29 @@ template<int TILES> DEVICE bool vanishes(const Weights<TILES>& w, int i, int h, 
 template<int ROW_SLICES, int TILES, class Add>
 DEVICE void add_by_weight(u32 words, const RowBits<8 * TILES> (&bits)[ROW_SLICES][2],
                           const Weights<TILES> (&weights)[ROW_SLICES], Add add) {
+    RowBits<8 * TILES> now[ROW_SLICES][2], later[ROW_SLICES][2];
+    UNROLL
+    for (int s = 0; s < ROW_SLICES; s++)
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            now[s][h] = later[s][h] = bits[s][h];
+            UNROLL
+            for (int i = 0; i < TILES; i++)
+                UNROLL
+                for (int e = 0; e < 2; e++)
+                    if (vanishes(weights[s], i, h, e))
+                        now[s][h].hide(i, e);
+                    else
+                        later[s][h].hide(i, e);
+        }
     _Pragma("unroll 1")
     for (int vanished = 0; vanished < 2; vanished++) {
         UNROLL
         for (int s = 0; s < ROW_SLICES; s++)
             UNROLL
             for (int h = 0; h < 2; h++) {
-                RowBits<8 * TILES> own = bits[s][h];
-                UNROLL
-                for (int i = 0; i < TILES; i++)
-                    UNROLL
-                    for (int e = 0; e < 2; e++)
-                        if (vanishes(weights[s], i, h, e) != (vanished != 0))
-                            own.hide(i, e);
-                own.share(words + 8 * (16 * s + 8 * h + row_of_lane()));
+                now[s][h].share(words + 8 * (16 * s + 8 * h + row_of_lane()));
+                now[s][h] = later[s][h];
             }
         __syncwarp();
         add(vanished != 0);

@@ -50,6 +50,25 @@ struct KeysArguments {
     int tiles;              // of ROWS keys, in a block of keys
 };
 
+// What a block of threads does: a piece, and some keys of a block of keys, counted from its first.
+struct Work {
+    Piece piece;
+    int batch, group, first;
+    int key;            // the first of the block
+    int there, live;    // how many keys it has, and how many of them are not padding
+
+    __device__ __forceinline__ explicit Work(const KeysArguments& a) {
+        const Problem& p = a.problem;
+        piece = a.pieces[blockIdx.x / a.tiles];
+        batch = piece.line / p.groups;
+        group = piece.line % p.groups;
+        first = blockIdx.x % a.tiles * ROWS;
+        key = piece.block * p.block_size;
+        there = min(p.block_size, p.m - key);
+        live = min(there, p.kv_lengths[batch] - key);
+    }
+};
+
 // Writes rows `first` on, to `last`, of sums: columns from `from` on, of `width` in all.
 template<int TILES>
 DEVICE void write(Sum* to, int row_width, int first, int last, int live,
@@ -73,15 +92,8 @@ DEVICE void write(Sum* to, int row_width, int first, int last, int live,
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 selected_backward_keys(const __grid_constant__ KeysArguments a) {
     const Problem& p = a.problem;
-    const Piece piece = a.pieces[blockIdx.x / a.tiles];
-    const int batch = piece.line / p.groups;
-    const int group = piece.line % p.groups;
+    const Work work(a);
     const int heads = p.heads / p.groups;
-    // keys of the block, counted from its first
-    const int first = blockIdx.x % a.tiles * ROWS;
-    const int block_key = piece.block * p.block_size;
-    const int there = min(p.block_size, p.m - block_key);
-    const int live = min(there, p.kv_lengths[batch] - block_key);
 
     const u32 k_tile = shared_base();
     const u32 v_tile = k_tile + K_SIZE;
@@ -99,14 +111,15 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
     clear(dk);
     clear(dv);
 
-    const Stored* k = p.k.head(batch, group) + block_key * p.k.n;
-    const Stored* v = p.v.head(batch, group) + block_key * p.v.n;
-    load_tokens<ROWS, D>(k_tile, k, p.k.n, first, live, p.d);
-    load_tokens<ROWS, E>(v_tile, v, p.v.n, first, live, p.e);
+    const Stored* k = p.k.head(work.batch, work.group) + work.key * p.k.n;
+    const Stored* v = p.v.head(work.batch, work.group) + work.key * p.v.n;
+    load_tokens<ROWS, D>(k_tile, k, p.k.n, work.first, work.live, p.d);
+    load_tokens<ROWS, E>(v_tile, v, p.v.n, work.first, work.live, p.e);
     if (ELEMENT == F32)
         commit_copies();
 
-    const int columns = first < live ? int(piece.last - piece.first) * heads : 0;
+    const int tokens = int(work.piece.last - work.piece.first);
+    const int columns = work.first < work.live ? tokens * heads : 0;
     const int loads = (columns + LOAD - 1) / LOAD;
     auto notes_of = [&](int number) {
         return notes + number % NOTES * NOTE_SIZE;
@@ -116,9 +129,9 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
         const int column = number * LOAD + int(threadIdx.x);
         if (column >= columns)
             return {~0u, 0, 0, 0};
-        const int token = a.tokens[piece.first + column / heads];
-        return {u32(token), u32(group * heads + column % heads),
-                u32(max(0, keys_seen(p, batch, token) - block_key)), 0};
+        const int token = a.tokens[work.piece.first + column / heads];
+        return {u32(token), u32(work.group * heads + column % heads),
+                u32(max(0, keys_seen(p, work.batch, token) - work.key)), 0};
     };
     auto note = [&](int number, uint4 column) {
         if (threadIdx.x < LOAD)
@@ -129,7 +142,7 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
         const u32 noted = notes_of(number);
         const auto row_of = [&](const Operand& x, int column) -> const Stored* {
             const uint2 it = load_shared<uint2>(noted + 16 * column);
-            return int(it.x) < 0 ? 0 : x.head(batch, it.y) + i64(it.x) * x.n;
+            return int(it.x) < 0 ? 0 : x.head(work.batch, it.y) + i64(it.x) * x.n;
         };
         load_tile<LOAD, D>(q_tiles + slot * Q_SIZE, p.d, [&](int column) {
             return row_of(p.q, column);
@@ -140,7 +153,7 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
         if (threadIdx.x < LOAD) {
             const uint2 it = load_shared<uint2>(noted + 16 * threadIdx.x);
             const bool valid = int(it.x) >= 0;
-            const i64 place = valid ? (i64(batch) * p.heads + it.y) * p.n + it.x : 0;
+            const i64 place = valid ? (i64(work.batch) * p.heads + it.y) * p.n + it.x : 0;
             const u32 to = slot * ROW_SIZE + threadIdx.x * sizeof(Sum);
             copy_async<sizeof(Sum)>(lse_rows + to, a.lse + place, valid);
             copy_async<sizeof(Sum)>(delta_rows + to, a.delta + place, valid);
@@ -171,7 +184,8 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
         const u32 dout_tile = dout_tiles + (number & 1) * DOUT_SIZE;
         bool hides = false;
         for (int i = lane_number(); i < LOAD; i += 32)
-            hides |= int(load_shared<u32>(noted + 16 * i + 8)) < min(first + int(ROWS), live);
+            hides |= int(load_shared<u32>(noted + 16 * i + 8))
+                < min(work.first + int(ROWS), work.live);
         const bool masked = __any_sync(~0u, hides);
         bool bad = false;
         if (masked || ELEMENT == F32)
@@ -219,7 +233,7 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
                     const Sum scale = p.scale[it.y];
                     UNROLL
                     for (int h = 0; h < 2; h++) {
-                        const int row = first + own_row() + 8 * h + row_of_lane();
+                        const int row = work.first + own_row() + 8 * h + row_of_lane();
                         const bool allowed = row < seen && shift != INFINITE;
                         if (!allowed)
                             bits[h].hide(i, e);
@@ -258,20 +272,23 @@ selected_backward_keys(const __grid_constant__ KeysArguments a) {
         __syncthreads();            // the next load overwrites what was just read
     }
     wait_copies<0>();
-    const i64 begin = piece.part < 0 ? i64(piece.line) * p.m + block_key
-                                     : i64(piece.part) * p.block_size;
-    const int from = first + own_row();
+    // looked up again: in between registers are dear
+    const Work last(a);
+    const bool whole = last.piece.part < 0;
+    const i64 begin = whole ? i64(last.piece.line) * p.m + last.key
+                            : i64(last.piece.part) * p.block_size;
+    const int from = last.first + own_row();
 #if DK
     join(dk, q_tiles);
     if (own_share() == 0)
-        write((piece.part < 0 ? a.dk : a.dk_parts) + begin * a.dk_width, a.dk_width, from, there,
-              live, dk[0], a.dk_from, p.d);
+        write((whole ? a.dk : a.dk_parts) + begin * a.dk_width, a.dk_width, from, last.there,
+              last.live, dk[0], a.dk_from, p.d);
 #endif
 #if DV
     __syncthreads();
     join(dv, q_tiles);
     if (own_share() == 0)
-        write((piece.part < 0 ? a.dv : a.dv_parts) + begin * a.dv_width, a.dv_width, from, there,
-              live, dv[0], a.dv_from, p.e);
+        write((whole ? a.dv : a.dv_parts) + begin * a.dv_width, a.dv_width, from, last.there,
+              last.live, dv[0], a.dv_from, p.e);
 #endif
 }
