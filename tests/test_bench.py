@@ -724,13 +724,13 @@ def test_what_a_choice_of_keys_is_judged_by(name):
 
 
 @pytest.mark.parametrize(("name", "deciding"), [
-    ("LSH, 8 rounds", ["lsh.lsh_hash"]),
+    ("LSH, 8 rounds", ["lsh.hashed"]),
     ("routing, clusters of 128", ["routing._decide"]),
     ("routing, top 128", ["routing._decide"]),
     ("NSA, 8 heads to a key", ["nsa_blocks.important_blocks"]),
     ("NSA by clusters", ["nsa_clusters.group_keys", "nsa_clusters.select_tokens"]),
     ("NSA by trees of clusters", ["nsa_clusters.group_keys", "nsa_clusters.select_tokens"]),
-    ("NSA by hashes", ["nsa_clusters.hash_tokens", "nsa_clusters.lsh_hash",
+    ("NSA by hashes", ["nsa_clusters.hashed_tokens", "nsa_clusters.hashed",
                        "nsa_clusters.select_from_buckets"]),
     ("top 64 of all keys", ["top_k.select_keys"]),
 ])
