@@ -1,8 +1,7 @@
 """CUDA kernels of additive attention: the launch code and the kernels' text, in the emulator.
 
-What any backend is tested by (test_additive.py) is called here for this one. The default run takes
-bfloat16 and float32 through a few shapes; with ``-m gate`` come the other dtypes, and kernels as
-GPUs get them. A C++ compiler is needed, and without one all of it is skipped.
+What any backend is tested by (test_additive.py) is called here for this one. A C++ compiler is
+needed, and without one all of it is skipped.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from pyattn import masks
 from pyattn.checks import BackendError
 from pyattn.engines import additive as engine
 
+pytestmark = pytest.mark.gate
+
 assert cupy, strict_device      # fixtures
 
 DTYPES = [np.float16, BFLOAT16, np.float32, np.float64]
@@ -29,10 +30,10 @@ SMALL = Shape((2,), 4, 2, 33, 70, 20, 13)
 
 
 def built(*dtypes):
-    """Dtypes; those that the default run builds no kernels for come with the gate."""
+    """Dtypes; all of them if none are given."""
     return pytest.mark.parametrize("dtype", [
-        pytest.param(dtype, id=name, marks=[] if name in NAMES[1:3] else [pytest.mark.gate])
-        for dtype, name in zip(DTYPES, NAMES, strict=True) if not dtypes or dtype in dtypes])
+        pytest.param(dtype, id=name) for dtype, name in zip(DTYPES, NAMES, strict=True)
+        if not dtypes or dtype in dtypes])
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +62,12 @@ def operands(shape, dtype=np.float32, *, features=40, seed=0):
 
 
 @built()
-@pytest.mark.parametrize("shape", [SMALL, pytest.param(rules.SHAPES[0], marks=pytest.mark.gate)],
+@pytest.mark.parametrize("shape", [SMALL, rules.SHAPES[0]],
                          ids=str)
 def test_against_the_rule(shape, dtype):
     judge(draw(shape, dtype), inside(shape), "cuda")
 
 
-@pytest.mark.gate
 @built()
 @pytest.mark.parametrize("shape", rules.SHAPES[2:], ids=str)
 def test_other_shapes(shape, dtype, device):
@@ -80,7 +80,6 @@ def test_causal_masked_and_padded(dtype):
     rules.test_causal_masked_and_padded(SMALL, True, "cuda", dtype)
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("causal", [False, "top_left"])
 @pytest.mark.parametrize("shape", rules.SHAPES[2:], ids=str)
 def test_other_masks_and_lengths(shape, causal):
@@ -89,7 +88,7 @@ def test_other_masks_and_lengths(shape, causal):
 
 @pytest.mark.parametrize("mask", [
     masks.window(20, 0), masks.segments((50, 7, 73)),
-    pytest.param(masks.strided(3), marks=pytest.mark.gate)], ids=str)
+    masks.strided(3)], ids=str)
 def test_masks(mask):
     i = np.arange(130)
     judge(draw(Shape((1,), 2, 1, 130, 130, 5, 6), BFLOAT16, features=7),
@@ -103,7 +102,6 @@ def test_more_features_and_values_than_a_round_has(dtype, device):
     assert [name for name, _ in device.launches].count("additive_backward_keys") == 2
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("dtype", "width"), [
     (BFLOAT16, 72), (np.float32, 64)], ids=str)
 def test_kernels_as_gpus_get_them(dtype, width, device):
@@ -112,7 +110,6 @@ def test_kernels_as_gpus_get_them(dtype, width, device):
     judge(draw(shape, dtype), inside(shape, causal=True), "cuda", causal=True)
 
 
-@pytest.mark.gate
 def test_finite_differences():
     rules.test_finite_differences("cuda")
 
@@ -136,7 +133,6 @@ def test_strided_and_read_only_arguments():
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(x).max())
 
 
-@pytest.mark.gate
 def test_axes_that_broadcast():
     rules.test_broadcast_axes_and_strided_views("cuda")
 
@@ -209,7 +205,6 @@ def test_large_features_that_cancel():
 # what is hidden, and what is not a number
 
 
-@pytest.mark.gate
 def test_what_no_one_may_see_has_no_say():
     rules.test_what_no_one_may_see_has_no_say("cuda", np.float32)
 
@@ -247,7 +242,7 @@ def test_nan_goes_where_it_is_seen_and_nowhere_else(dtype):
 
 
 @pytest.mark.parametrize("dtype", [
-    BFLOAT16, pytest.param(np.float32, marks=pytest.mark.gate)], ids=NAMES[1:3])
+    BFLOAT16, np.float32], ids=NAMES[1:3])
 def test_the_order_of_threads_and_blocks_changes_no_bit(dtype, device):
     arrays = operands(Shape((1,), 2, 1, 70, 130, 0, 8), dtype)
     found = []
@@ -303,7 +298,6 @@ def planted(name, *mistake):
     return pytest.param(mistake, id=name)
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("mistake", [
     planted("wild", "additive_prepare.cu", "#define WILD 8.0f", "#define WILD 400.0f"),
     planted("mask", "additive_forward.cu", "if (!bits[h].get(i, e))", "if (false)"),

@@ -1,8 +1,8 @@
 """CUDA kernels of attention over listed keys: launch code and the kernels' text, in the emulator.
 
 What any backend is tested by (test_edges.py, test_graph.py and others) is called here for this.
-`generic` devices get kernels that serve many widths. With ``-m gate`` come the kernels as GPUs get
-them, and other shapes. Without a C++ compiler all of it is skipped.
+`generic` devices get kernels that serve many widths; some tests take the kernels as GPUs get them.
+Without a C++ compiler all of it is skipped.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pyattn import dispatch
 from pyattn.checks import BackendError
 from pyattn.engines import edges as engine
 from pyattn.engines.edges import Edges
+
+pytestmark = pytest.mark.gate
 
 DTYPES = [np.float16, BFLOAT16, np.float32, np.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: np.dtype(x).name)
@@ -61,7 +63,6 @@ def test_against_the_rule(kind, dtype):
     judge(*draw(SMALL, dtype), lists(SMALL, kind), "cuda")
 
 
-@pytest.mark.gate
 @every_dtype
 @pytest.mark.parametrize("shape", rules.SHAPES, ids=str)
 def test_other_shapes(shape, dtype, device):
@@ -99,7 +100,6 @@ def test_nothing_to_do(shape):
     rules.test_nothing_to_do(shape, "cuda")
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("dtype", "d", "e", "heads"), [
     (np.float16, 8, 8, 1), (BFLOAT16, 64, 64, 4), (BFLOAT16, 136, 272, 2), (np.float32, 33, 64, 2),
     (np.float32, 256, 130, 1), (np.float64, 48, 8, 4), (np.float64, 512, 3, 1)], ids=str)
@@ -109,7 +109,6 @@ def test_kernels_as_gpus_get_them(dtype, d, e, heads, device):
     judge(*draw(shape, dtype), lists(shape, "one"), "cuda", softcap=2.0)
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("dtype", "width"), [(BFLOAT16, 8), (np.float32, 40)], ids=str)
 def test_bias_alone_as_gpus_get_it(dtype, width, device):
     device.generic = False
@@ -353,7 +352,6 @@ def planted(name, *mistake):
     return pytest.param(mistake, id=name)
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("mistake", [
     planted("end of a list", "edges.cuh", "listed.entry[u] < task.of.count",
             "listed.entry[u] <= task.of.count"),

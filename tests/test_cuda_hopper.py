@@ -24,7 +24,9 @@ from pyattn import dispatch, masks
 
 BF16, F16 = ml_dtypes.bfloat16, np.float16
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler")
+pytestmark = [
+    pytest.mark.gate,
+    pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler")]
 
 
 class Engine:
@@ -333,7 +335,6 @@ def test_a_scale_of_0_makes_nan_of_inf(device):
             np.testing.assert_array_equal(np.isnan(got), np.isnan(right), err_msg=name)
 
 
-@pytest.mark.gate
 def test_float16_of_width_128(device):
     drawn = draw("causal", 130, 200, 128, F16, heads=2)
     judge(drawn, *run(drawn))

@@ -1,8 +1,8 @@
 """CUDA kernels of linear attention: the launch code and the kernels' text, in the emulator.
 
 `generic` devices get kernels that decide about passes and feature maps when they run, so there is
-one to build for each dtype and width. With ``-m gate`` come the kernels as GPUs get them, more
-shapes, and other orders of threads and blocks. Without a C++ compiler all of it is skipped.
+one to build for each dtype and width; some tests take the kernels as GPUs get them. Without a C++
+compiler all of it is skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import pyattn
 from pyattn.checks import BackendError
 from pyattn.engines import linear as engine
 from pyattn.features.feature_maps import FeatureMap
+
+pytestmark = pytest.mark.gate
 
 DTYPES = [np.float16, BFLOAT16, np.float32, np.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: np.dtype(x).name)
@@ -327,7 +329,6 @@ def test_tilings_fit(device):
     assert linear.tiling("bfloat16", 128, 620, 128, True, memory).width == 128
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("made_of", "d", "e", "dtype"), [
     (projected("exp", 266, 64), 64, 64, BFLOAT16),
     (projected("relu", 200, 64), 64, 256, np.float16), (FeatureMap("elu1"), 260, 130, np.float64)],
@@ -336,7 +337,6 @@ def test_wide_ones(made_of, d, e, dtype, device):
     judge(made_of, Shape((1,), 1, 1, 37, 30, d, e), dtype, "cuda", causal=True, order="kv")
 
 
-@pytest.mark.gate
 def test_mistakes_with_parts_are_found(narrow, tmp_path):
     """Each part with a stabiliser of its own, which no sum over parts can tell."""
     text, right = (linear.devices.compile.SOURCES / "linear.cu").read_text(), "KIND == EXP && most"
@@ -351,7 +351,6 @@ WIDE = [(kind, width, dtype) for kind in ("elu1", "exp") for width in linear.WID
         for dtype in DTYPES]
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("kind", "width", "dtype"), WIDE)
 def test_every_width(kind, width, dtype, device):
     """Of bfloat16 the kernels as GPUs get them, of each width those for one kind of features."""

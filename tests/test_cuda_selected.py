@@ -1,8 +1,7 @@
 """CUDA kernels of selected attention: the launch code and the kernels' text, in the emulator.
 
-What any backend is tested by (test_selected.py) is called here for this one. The default run takes
-each dtype through a few shapes; with ``-m gate`` come the others, wide heads, and kernels as GPUs
-get them. A C++ compiler is needed, and without one all of it is skipped.
+What any backend is tested by (test_selected.py) is called here for this one. A C++ compiler is
+needed, and without one all of it is skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from test_selected import draw, judge, lists
 import pyattn
 from pyattn.checks import BackendError
 from pyattn.engines import selected as engine
+
+pytestmark = pytest.mark.gate
 
 DTYPES = [np.float16, BFLOAT16, np.float32, np.float64]
 NAMES = ["float16", "bfloat16", "float32", "float64"]
@@ -46,7 +47,6 @@ def test_against_the_rule(shape, dtype):
     judge(draw(shape, dtype), lists(shape, 64), "cuda", block_size=64, causal=True)
 
 
-@pytest.mark.gate
 @every_dtype
 @pytest.mark.parametrize("number", range(len(rules.SHAPES)))
 def test_other_shapes(number, dtype, device):
@@ -63,7 +63,6 @@ def test_blocks_of_any_size(block_size, dtype):
     rules.test_blocks_of_any_size(block_size, "cuda", dtype)
 
 
-@pytest.mark.gate
 @every_dtype
 @pytest.mark.parametrize("block_size", [7, 32, 48, 65, 128])
 def test_all_sizes_of_blocks(block_size, dtype):
@@ -71,7 +70,7 @@ def test_all_sizes_of_blocks(block_size, dtype):
 
 
 @pytest.mark.parametrize(("heads", "dtype"), [
-    pytest.param(20, BFLOAT16, marks=pytest.mark.gate), (80, np.float32)], ids=str)
+    (20, BFLOAT16), (80, np.float32)], ids=str)
 def test_many_heads(heads, dtype):
     """More rows than one warp has, and more than a block has."""
     shape = Shape((1,), heads, 1, 9, 129, 8, 16)
@@ -86,7 +85,6 @@ def test_lengths_and_softcap(options):
     rules.test_lengths_and_softcap(options, 40, "cuda")
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("dtype", "width", "heads"), [
     (np.float16, 64, 2), (BFLOAT16, 128, 16), (BFLOAT16, 192, 64), (BFLOAT16, 256, 16),
     (np.float32, 64, 2), (np.float32, 128, 16), (np.float64, 40, 32), (np.float64, 128, 16)],
@@ -100,7 +98,6 @@ def test_kernels_as_gpus_get_them(dtype, width, heads, device):
               softcap=2.0 if heads == 16 else None, causal=True)
 
 
-@pytest.mark.gate
 def test_values_wider_than_a_launch_sums(device):
     device.generic = False
     shape = Shape((1,), 4, 1, 20, 70, 72, 136)
@@ -119,7 +116,6 @@ def test_what_any_backend_keeps():
     rules.test_leading_axes_broadcast("cuda")
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
 def test_all_blocks_are_dense(causal):
     for lengths in ((200, 200), (70, 200), (200, 70)):
@@ -162,7 +158,6 @@ def test_what_is_not_seen_is_never_read(dtype):
     rules.test_what_is_not_seen_is_never_read(24, "cuda", dtype)
 
 
-@pytest.mark.gate
 @every_dtype
 def test_blocks_that_are_not_seen_are_never_read(dtype):
     rules.test_what_is_not_seen_is_never_read(64, "cuda", dtype)
@@ -310,7 +305,6 @@ def test_tilings_fit(shared):
     assert selected.forward_tiling("bfloat16", 16, 256, 256, room) is not None
 
 
-@pytest.mark.gate
 def test_a_device_with_little_shared_memory(device):
     device.shared_memory = 99 * 1024
     for dtype, width in ((BFLOAT16, 128), (np.float32, 128), (np.float64, 64)):

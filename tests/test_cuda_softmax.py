@@ -1,9 +1,7 @@
 """CUDA kernels of softmax attention: the launch code and the kernels' text, in the emulator.
 
 What any backend is tested by (test_attention.py, test_gate_forms.py) is called here for this one.
-The default run takes every attention case in the shape where most may go wrong; with ``-m gate``
-come the other shapes and dtypes, and the kernels that are built for single terms. A C++ compiler is
-needed, and without one all of it is skipped.
+A C++ compiler is needed, and without one all of it is skipped.
 """
 
 from __future__ import annotations
@@ -23,6 +21,8 @@ from test_attention import BY_NAME, judge, run
 
 import pyattn
 from pyattn import masks
+
+pytestmark = pytest.mark.gate
 
 DTYPES = [np.float16, BFLOAT16, np.float32, np.float64]
 NAMES = ["float16", "bfloat16", "float32", "float64"]
@@ -50,7 +50,6 @@ def test_cases(case):
     judge(drawn, *run(drawn, "cuda"))
 
 
-@pytest.mark.gate
 @every_case
 @pytest.mark.parametrize("number", [0, 2, 3, 5, 7])
 def test_all_cases(case, number, emulated):
@@ -65,7 +64,6 @@ WIDER = [SHAPES[4], SHAPES[6], Shape((1,), 2, 1, 65, 129, 128, 128),
          Shape((1,), 1, 1, 66, 70, 200, 136)]
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("name", ["causal", "mask_full", "everything"])
 @pytest.mark.parametrize(("shape", "dtype"), [
     (shape, dtype) for number, shape in enumerate(WIDER)
@@ -76,7 +74,6 @@ def test_wider(name, shape, dtype):
     judge(drawn, *run(drawn, "cuda"))
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("name", ["softcap", "bias_full", "alibi", "gate_full", "bias_masks"])
 def test_kernels_for_single_terms(name, emulated):
     emulated.generic = False
@@ -89,7 +86,6 @@ def test_gates_of_all_forms(name):
     gate_forms.judge(name, SHAPES[5], np.float64, "cuda")
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("name", gate_forms.PARTS)
 def test_gates_with_lengths(name):
     for alignment in ("bottom_right", "top_left"):

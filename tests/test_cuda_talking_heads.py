@@ -1,8 +1,7 @@
 """CUDA kernels of talking heads: the launch code and the kernels' text, in the emulator.
 
-What any backend is tested by (test_talking_heads.py) is called here for this one. The default run
-has one dtype with fp32 sums and float64; with ``-m gate`` come the others, more heads, and kernels
-as GPUs get them. A C++ compiler is needed, and without one all of it is skipped.
+What any backend is tested by (test_talking_heads.py) is called here for this one. A C++ compiler
+is needed, and without one all of it is skipped.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import pyattn
 from pyattn import masks
 from pyattn.checks import BackendError
 
+pytestmark = pytest.mark.gate
+
 DTYPES = [np.float16, BFLOAT16, np.float32, np.float64]
 NAMES = ["float16", "bfloat16", "float32", "float64"]
 SMALL = Shape((2,), (4, 2, 5, 6, 3), 33, 70, 20, 13)
@@ -29,18 +30,7 @@ KINDS = tuple(talking_heads.MOST_HEADS_OF_TWO_PAIRS)
 attention = pyattn.talking_heads_attention
 
 
-def late(*values):
-    return [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.gate)
-            for x in values]
-
-
-def dtypes(*by_default):
-    return pytest.mark.parametrize("dtype", [
-        pytest.param(dtype, id=name, marks=[] if name in by_default else [pytest.mark.gate])
-        for dtype, name in zip(DTYPES, NAMES, strict=True)])
-
-
-every_dtype = dtypes("bfloat16", "float64")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 
 
 @pytest.fixture(autouse=True)
@@ -65,19 +55,19 @@ def cotangent(shape, dtype=np.float64):
 
 @every_dtype
 @pytest.mark.parametrize("shape", [
-    SMALL, *late(rules.SHAPES[0], rules.SHAPES[2], SEVERAL_PANELS)], ids=str)
+    SMALL, rules.SHAPES[0], rules.SHAPES[2], SEVERAL_PANELS], ids=str)
 def test_against_the_rule(shape, dtype, device):
     device.seed = 1
     judge(draw(shape, dtype), inside(shape), "cuda")
 
 
 @every_dtype
-@pytest.mark.parametrize("causal", [True, *late(False, "top_left")])
+@pytest.mark.parametrize("causal", [True, False, "top_left"])
 def test_causal_masked_and_padded(causal, dtype):
     rules.test_causal_masked_and_padded(SMALL, causal, "cuda", dtype)
 
 
-@dtypes("bfloat16")
+@every_dtype
 def test_a_window_and_no_bias(dtype):
     shape = Shape((1,), (3, 3, 3, 2, 1), 70, 150, 8, 8)
     arguments = draw(shape, dtype)
@@ -102,7 +92,6 @@ def test_broadcast_axes_and_strided_views():
     rules.test_broadcast_axes_and_strided_views("cuda")
 
 
-@pytest.mark.gate
 def test_what_any_backend_keeps():
     rules.test_a_bias_does_not_revive_masked_pairs("cuda")
     rules.test_a_permutation_permutes_the_heads("cuda")
@@ -125,7 +114,7 @@ def test_one_backends_saved_in_anothers_backward(pair):
 # what is hidden, and what is not a number
 
 
-@dtypes("bfloat16")
+@every_dtype
 def test_what_no_one_may_see_has_no_say(dtype):
     """But for fp32, which multiplies in another way where something is not finite, to the bit."""
     shape = Shape((2,), (4, 2, 3, 4, 2), 28, 70, 6, 7)
@@ -150,7 +139,7 @@ def test_what_no_one_may_see_has_no_say(dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("bad", [np.nan, *late(np.inf)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_goes_where_it_is_seen(bad, dtype):
     """Each operand alone; where numbers are not finite is where the CPU has them so."""
     shape = Shape((), (3, 1, 2, 4, 2), 40, 40, 5, 6)
@@ -185,7 +174,7 @@ def test_rows_without_a_finite_score(dtype):
 # the device
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, *late(np.float32)], ids=str)
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=str)
 def test_the_order_of_threads_and_blocks_changes_no_bit(dtype, device):
     shape, found = Shape((2,), (4, 2, 3, 4, 2), 20, 40, 8, 8), []
     for device.seed in (0, 1, 2):
@@ -225,7 +214,6 @@ def test_launches_meet_no_array_of_the_host(strict_device):  # noqa: F811
         np.testing.assert_array_equal(x.get(), y)
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("dtype", "heads", "width"), [
     (np.float16, (8, 8, 8, 8, 8), 64), (BFLOAT16, (32, 2, 32, 32, 4), 16),
     (np.float32, (17, 1, 20, 18, 2), 24)], ids=str)
@@ -235,7 +223,6 @@ def test_kernels_as_gpus_get_them(dtype, heads, width, device):
     judge(draw(shape, dtype), inside(shape, causal=True), "cuda", causal=True)
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.float64], ids=str)
 def test_a_device_with_little_shared_memory(dtype, device):
     """Tokens that a block owns come again at each step."""

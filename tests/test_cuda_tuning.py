@@ -19,6 +19,7 @@ from bench import gpu_sass
 from pyattn import cli, dispatch, masks
 from pyattn.cli import tune_gpu
 
+pytestmark = pytest.mark.gate
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
@@ -328,7 +329,6 @@ def test_tables_change_results_by_rounding_alone(emulated):
     assert used["softmax_backward_queries"]["STEP"] == 32
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("part", tilings.FURTHER, ids=str)
 def test_every_candidate_computes_the_same(part, emulated):
     """On lengths beside tiles, with masked pairs; short queries for what packs them."""
@@ -343,7 +343,6 @@ def test_every_candidate_computes_the_same(part, emulated):
             judge(drawn, *run(drawn, "cuda"))
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(("name", "width"), [key for key, builds in hopper.BUILDS.items()
                                              if len({x.stages for x in builds}) > 1], ids=str)
 def test_fewer_stages_compute_the_same(name, width, emulated):
