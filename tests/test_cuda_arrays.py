@@ -39,20 +39,20 @@ def cupy():
         dispatch.PREFERENCE["cupy"] = preference
 
 
-def on_device(x):
-    """Arrays, in any containers, copied to the stand-in."""
+def on_device(x, asarray=strict_cupy.asarray):
+    """Arrays, in any containers, copied to the stand-in, or by `asarray`."""
     if isinstance(x, np.ndarray):
-        return strict_cupy.asarray(x)
+        return asarray(x)
     if isinstance(x, dict):
-        return {name: on_device(value) for name, value in x.items()}
+        return {name: on_device(value, asarray) for name, value in x.items()}
     if type(x) in (tuple, list):
-        return type(x)(map(on_device, x))
+        return type(x)(on_device(value, asarray) for value in x)
     return x
 
 
-def floats_on_device(x):
+def floats_on_device(x, asarray=strict_cupy.asarray):
     """Those with a gradient only: decisions and lengths are the host's."""
-    return on_device(x) if getattr(x, "dtype", np.dtype(int)).kind == "f" else x
+    return on_device(x, asarray) if getattr(x, "dtype", np.dtype(int)).kind == "f" else x
 
 
 def on_host(x):

@@ -11,6 +11,7 @@ from pyattn.kernels.cuda import device as devices
 from pyattn.kernels.cuda.device import unavailable
 from table import CASES, EMPTY, SHAPES, Shape
 from test_attention import judge
+from test_cuda_arrays import CALLS, LAUNCHED, both_ways, floats_on_device, leaves, on_device
 
 import pyattn
 from pyattn import dispatch
@@ -56,6 +57,19 @@ def test_attention(case, shape, dtype, backend):
 def test_shapes(shape, dtype):
     drawn = CASES[1].make(shape, DTYPES[dtype])
     judge(drawn, *run(drawn, "cuda"))
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_every_engine(name):
+    """Beside the CPU in float64; `pyattn check` judges every function in every dtype."""
+    operation, args, options = CALLS[name]
+    want = both_ways(operation, args, options)
+    there = {key: floats_on_device(x, cupy.asarray) for key, x in options.items()}
+    got = both_ways(operation, on_device(args, cupy.asarray), there)
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        np.testing.assert_allclose(a.get(), b, rtol=1e-10, atol=1e-10)
+    told = str(pyattn.explain(operation, *on_device(args, cupy.asarray), **there))
+    assert "on cupy arrays: cuda" in told
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
