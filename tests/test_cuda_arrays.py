@@ -264,6 +264,7 @@ def strict_device(cupy, monkeypatch):
     return emulator
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", ["everything", "alibi_lengths", "bias_heads", "gate_keys", "sinks",
                                   "segments_causal"])
 def test_softmax_kernels_meet_no_array_of_the_host(name, strict_device):
@@ -294,6 +295,7 @@ LAUNCHED = {"graph_attention": "edges", "gat_attention": "edges", "bp_attention"
             "talking_heads_attention": "talking_heads"}
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_kernels_meet_no_array_of_the_host(name, strict_device):
     """And nothing waits for the device but the host for what content has decided."""
