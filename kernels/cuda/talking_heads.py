@@ -52,7 +52,7 @@ MOST_HEADS_OF_SOFTMAX = {"float64": 16}
 REGISTERS = 128
 """What sums may take of a thread's registers."""
 
-MOST_HEADS_OF_TWO_PAIRS = {"lse": 32, "forward": 24, "delta": 24, "backward_queries": 16,
+MOST_HEADS_OF_TWO_PAIRS = {"lse": 32, "forward": 16, "delta": 24, "backward_queries": 16,
                            "backward_keys": 8, "backward_weights": 16}
 """Heads of the softmax up to which a thread's registers take two pairs at a time, beside all sums.
 
